@@ -1,0 +1,1 @@
+"""Environments. Import gymnasium and simulators, never pbrl."""

@@ -1,0 +1,1 @@
+"""Questions asked of the code. Imported by nobody."""

@@ -1,0 +1,229 @@
+"""The data that travels between the parts, and the protocols of the parts that users replace.
+
+Labels follow PARL (Chakraborty et al., ICLR 2024, eq. 6): **1 means the first segment is preferred**, 0 the second,
+0.5 that both are equally good. A pair the teacher skipped is masked out by `Answer.given`; it is never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pbrl.preferences import Preferences
+    from pbrl.reward import RewardEnsemble
+
+Params = dict[str, Tensor]
+
+
+def expect(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Raise a TypeError or ValueError naming `name` unless `value` is a tensor of this dtype and shape (None: any)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor of {dtype}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {dtype}")
+    if value.ndim != len(shape) or any(s is not None and s != v for s, v in zip(shape, value.shape, strict=False)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected [{wanted}]")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """B pieces of H steps each, as the reward network sees them. Holds no task reward: what is not here cannot leak."""
+
+    obs: Tensor  # float32 [B, H, obs_dim]
+    actions: Tensor  # float32 [B, H, act_dim], each entry in [-1, 1]
+    raw_actions: Tensor | None = None  # float32 [B, H, act_dim]: the Gaussian sample whose tanh is `actions`
+
+    def __post_init__(self) -> None:
+        expect("Segments.obs", self.obs, torch.float32, (None, None, None))
+        size, horizon, _ = self.obs.shape
+        expect("Segments.actions", self.actions, torch.float32, (size, horizon, None))
+        if self.raw_actions is not None:
+            expect("Segments.raw_actions", self.raw_actions, torch.float32, tuple(self.actions.shape))
+
+    def __len__(self) -> int:
+        return self.obs.shape[0]
+
+    def __getitem__(self, index: Any) -> Segments:
+        """The chosen segments; `index` is a slice, a list or an integer array over the first axis."""
+        index = index if isinstance(index, slice) else torch.as_tensor(np.asarray(index))
+        return Segments(
+            self.obs[index], self.actions[index], None if self.raw_actions is None else self.raw_actions[index]
+        )
+
+    @property
+    def horizon(self) -> int:
+        """Steps per segment, H."""
+        return self.obs.shape[1]
+
+    def steps(self, start: int, stop: int) -> Segments:
+        """The same segments cut to the steps [start, stop)."""
+        raw = None if self.raw_actions is None else self.raw_actions[:, start:stop]
+        return Segments(self.obs[:, start:stop], self.actions[:, start:stop], raw)
+
+    @staticmethod
+    def cat(parts: list[Segments]) -> Segments:
+        """One batch from several of the same horizon; `raw_actions` are kept only if every part has them."""
+        raws = [part.raw_actions for part in parts]
+        return Segments(
+            torch.cat([part.obs for part in parts]),
+            torch.cat([part.actions for part in parts]),
+            None if any(raw is None for raw in raws) else torch.cat([raw for raw in raws if raw is not None]),
+        )
+
+
+@dataclass(frozen=True)
+class Query:
+    """N questions: which of first[i], second[i] is better?"""
+
+    first: Segments
+    second: Segments
+    task_rewards: Tensor  # float32 [N, 2, H], for simulated teachers only
+    mean_task_reward: float = float("nan")  # task reward per step, averaged over the agent's last ten episodes
+    states: Tensor | None = None  # float64 [N, 2, S]: simulator state before each segment's first action
+    context: tuple[Segments, Segments] | None = None  # the same pairs with extra steps before and after (SURF's crops)
+
+    def __post_init__(self) -> None:
+        if self.first.obs.shape != self.second.obs.shape:
+            raise ValueError(f"the pair's shapes differ: {list(self.first.obs.shape)}, {list(self.second.obs.shape)}")
+        size, horizon, _ = self.first.obs.shape
+        expect("Query.task_rewards", self.task_rewards, torch.float32, (size, 2, horizon))
+        if self.states is not None:
+            expect("Query.states", self.states, torch.float64, (size, 2, None))
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: Any) -> Query:
+        """The chosen questions; `index` is a slice, a list or an integer array over the first axis."""
+        index = index if isinstance(index, slice) else torch.as_tensor(np.asarray(index))
+        return replace(
+            self,
+            first=self.first[index],
+            second=self.second[index],
+            task_rewards=self.task_rewards[index],
+            states=None if self.states is None else self.states[index],
+            context=None if self.context is None else (self.context[0][index], self.context[1][index]),
+        )
+
+    @staticmethod
+    def cat(parts: list[Query]) -> Query:
+        """One query from several; states and context are kept only if every part has them."""
+        states = [part.states for part in parts]
+        contexts = [part.context for part in parts]
+        return Query(
+            Segments.cat([part.first for part in parts]),
+            Segments.cat([part.second for part in parts]),
+            torch.cat([part.task_rewards for part in parts]),
+            parts[0].mean_task_reward,
+            None if any(s is None for s in states) else torch.cat([s for s in states if s is not None]),
+            None
+            if any(c is None for c in contexts)
+            else (
+                Segments.cat([c[0] for c in contexts if c is not None]),
+                Segments.cat([c[1] for c in contexts if c is not None]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said to a query of N pairs."""
+
+    prefers_first: Tensor  # float32 [N]: 1 first, 0 second, 0.5 equally good; anything between is a soft label
+    given: Tensor  # bool [N]: False where the teacher skipped
+
+    def __len__(self) -> int:
+        return len(self.prefers_first)
+
+
+class Teacher(Protocol):
+    """Anybody who can compare segments. Any callable with this signature is a teacher; no base class is needed.
+
+    A teacher with memory (a random generator, say) may also have `state_dict() -> dict` and `load_state_dict(dict)`
+    of plain JSON values, so that a resumed run equals an uninterrupted one.
+    """
+
+    def __call__(self, query: Query) -> Answer: ...
+
+
+class PolicyView(Protocol):
+    """All that a reward updater sees of the agent: tensors in, tensors out; nothing here changes the agent.
+
+    `theta` are the actor's parameters by name. The policy is a Gaussian over `raw` actions, squashed by tanh;
+    log-probabilities are those of the raw action (the tanh correction does not depend on theta).
+    """
+
+    gamma: float  # discount per environment step
+    alpha: float  # SAC's temperature now: weight of the entropy bonus
+
+    def parameters(self) -> Params:
+        """The actor's parameters, copied and detached: float32, by name."""
+
+    def distribution(self, theta: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation, float32 [..., act_dim] each, of the raw action at obs [..., obs_dim]."""
+
+    def log_prob(self, theta: Params, obs: Tensor, raw_actions: Tensor) -> Tensor:
+        """log π_theta(raw | obs), float32 [...], in nats, differentiable in theta."""
+
+    def critic_parameters(self) -> Params:
+        """The twin critics' parameters, copied and detached."""
+
+    def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
+        """Both critics' values, float32 [2, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
+
+    def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
+        """Target critics' soft value of next_obs, float32 [B]; noise: standard normal [B, act_dim]."""
+
+
+class Session(Protocol):
+    """What a reward updater may use beside the reward, the preferences and the policy."""
+
+    policy: PolicyView
+    rng: np.random.Generator  # the updater's own generator; the loop saves and restores it
+    env_step: int
+
+    def fresh(self) -> list[Segments]:
+        """This session's on-policy episodes (or parts): one Segments [1, T, ...] each; empty for buffer updaters."""
+
+    def unlabelled(self, count: int, horizon: int) -> tuple[Segments, Segments]:
+        """`count` random pairs of recent segments of `horizon` steps, without any reward."""
+
+    def rollout(self, theta: Params, steps: int) -> list[Segments]:
+        """Run the policy theta for `steps` environment steps (counted, kept in replay): Segments [1, T, ...] each."""
+
+    def branches(self, starts: int, branches: int, horizon: int) -> Segments:
+        """From `starts` stored simulator states, `branches` continuations each by the present policy.
+
+        The steps are counted as environment steps. Segments [starts * branches, horizon, ...], those of one start
+        beside each other.
+        """
+
+    def transitions(self, count: int) -> Mapping[str, Tensor]:
+        """`count` random replay rows: obs, actions, next_obs, not_done (float32 [count, ...])."""
+
+
+@runtime_checkable
+class RewardUpdater(Protocol):
+    """How answers become a better reward. One file per method.
+
+    pairs: where the questions come from: "buffer" (recent episodes), "fresh" (the present policy is rolled out for
+    them before each session) or "none" (no questions: the agent is paid the task's own reward).
+    """
+
+    pairs: str
+
+    def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
+        """Improve `reward` in place; return metrics with keys `group/name`."""
+
+
+def tensor_fields(value: Any) -> dict[str, Tensor]:
+    """The tensors of a dataclass by field name, without those that are None."""
+    named = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}

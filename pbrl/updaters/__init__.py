@@ -1,0 +1,1 @@
+"""How answers become a better reward: one file per method, none imports another."""

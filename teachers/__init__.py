@@ -1,0 +1,1 @@
+"""Who answers. Import pbrl.types and nothing else of pbrl."""
