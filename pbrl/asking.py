@@ -1,0 +1,175 @@
+"""Putting a query to a teacher: the answer is checked, and written down before anything else happens to it.
+
+A person's or a paid judge's answer must survive a crash. `ask` therefore appends it to a journal, one line per query,
+flushed to the disk; after a resume the same query is answered from the journal and the teacher is not asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pbrl.types import Answer, Query, Teacher
+
+
+class TeacherError(RuntimeError):
+    """A teacher failed or answered something that is not an answer; the message names it and the pair."""
+
+
+def ask(teacher: Teacher, query: Query, journal: AnswerJournal) -> Answer:
+    """The teacher's answer to the query, checked and in the journal when this returns.
+
+    If the journal holds the answer already (the run was killed after it), it is returned, the teacher's state
+    after it is restored, and the teacher is not asked. Labels of skipped pairs are returned as 0.5.
+
+    Raises:
+        TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
+    """
+    name = teacher_name(teacher)
+    known = journal.recall(query)
+    if known is not None:
+        answer, state = known
+        if state is not None and hasattr(teacher, "load_state_dict"):
+            teacher.load_state_dict(state)
+        return answer
+    try:
+        answer = teacher(query)
+    except Exception as error:
+        raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
+    check_answer(answer, query, name)
+    given = answer.given.cpu()
+    answer = Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
+    state = teacher.state_dict() if hasattr(teacher, "state_dict") else None
+    try:
+        journal.append(query, answer, state)
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
+    return answer
+
+
+def teacher_name(teacher: Teacher) -> str:
+    """Dotted name of the teacher's class, or of the function that it is."""
+    named = teacher if hasattr(teacher, "__qualname__") else type(teacher)
+    return f"{named.__module__}.{getattr(named, '__qualname__', '?')}"
+
+
+def check_answer(answer: Any, query: Query, teacher: str) -> None:
+    """Raise a TeacherError naming the teacher, what is wrong and the first pair it is wrong for.
+
+    Labels of skipped pairs may be anything, NaN included.
+    """
+    if not isinstance(answer, Answer):
+        raise TeacherError(f"teacher {teacher} returned a {type(answer).__name__}; expected a pbrl.types.Answer")
+    for name, dtype in (("prefers_first", torch.float32), ("given", torch.bool)):
+        value = getattr(answer, name)
+        if not isinstance(value, torch.Tensor):
+            raise TeacherError(f"teacher {teacher}: {name} is a {type(value).__name__}; expected a tensor of {dtype}")
+        if value.dtype != dtype:
+            raise TeacherError(f"teacher {teacher}: {name} has dtype {value.dtype}; expected {dtype}")
+        if value.shape != (len(query),):
+            raise TeacherError(f"teacher {teacher}: {name} has shape {list(value.shape)}; expected [{len(query)}]")
+    labels = answer.prefers_first
+    wrong = answer.given & ~((labels >= 0) & (labels <= 1))  # NaN is wrong too
+    if wrong.any():
+        pair = int(wrong.int().argmax())
+        raise TeacherError(
+            f"teacher {teacher}: prefers_first of pair {pair} is {labels[pair]:g}; expected a value in [0, 1] "
+            "(1 first, 0 second, 0.5 equally good), or given=False to skip the pair"
+        )
+
+
+def fingerprint(query: Query) -> str:
+    """SHA-256 over the shapes and bytes of both segments of all pairs."""
+    digest = hashlib.sha256()
+    for side in (query.first, query.second):
+        for tensor in (side.obs, side.actions):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class AnswerJournal:
+    """Answers in the order given, one JSON line per query, each on the disk before `append` returns.
+
+    Args:
+        path: the file; created if missing. A last line torn by a crash is cut off.
+        position: lines to pass over, those whose answers the checkpoint already holds. A run saves `position` in
+            its checkpoint; leaving it 0 is also right unless a run asks the very same query twice.
+
+    Raises:
+        ValueError: if a line other than the last is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], position: int = 0) -> None:
+        self.path = Path(path)
+        self.path.touch()
+        self._entries = _intact_lines(self.path)
+        self.position = min(position, len(self._entries))
+
+    def recall(self, query: Query) -> tuple[Answer, dict[str, Any] | None] | None:
+        """The recorded answer to this query and the teacher's state after it, or None. Each line is used once."""
+        if self.position == len(self._entries):
+            return None
+        key = fingerprint(query)
+        for index in range(self.position, len(self._entries)):
+            entry = self._entries[index]
+            if entry["query"] == key:
+                self.position = index + 1
+                labels = torch.tensor(entry["prefers_first"], dtype=torch.float32)
+                answer = Answer(labels, torch.tensor(entry["given"], dtype=torch.bool))
+                check_answer(answer, query, f"recorded in {self.path}")
+                return answer, entry["teacher"]
+        return None
+
+    def append(self, query: Query, answer: Answer, state: dict[str, Any] | None) -> None:
+        """Write down one answer. It is on the disk when this returns."""
+        entry = {
+            "query": fingerprint(query),
+            "prefers_first": answer.prefers_first.tolist(),
+            "given": answer.given.tolist(),
+            "teacher": state,
+        }
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries.append(entry)
+        self.position = len(self._entries)
+
+
+def _intact_lines(path: Path) -> list[dict[str, Any]]:
+    """The journal's entries; a torn last line is removed from the file."""
+    content = path.read_bytes()
+    entries, intact = [], 0
+    for line in io.BytesIO(content):
+        entry = _entry(line)
+        if entry is None:
+            break
+        entries.append(entry)
+        intact += len(line)
+    if b"\n" in content[intact:-1]:
+        raise ValueError(f"{path}: line {len(entries) + 1} is damaged, and it is not the last; restore the file")
+    if intact < len(content):
+        with path.open("r+b") as file:
+            file.truncate(intact)
+            os.fsync(file.fileno())
+    return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of one line, or None if it is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    keys = {"query", "prefers_first", "given", "teacher"}
+    return entry if isinstance(entry, dict) and entry.keys() == keys else None

@@ -1,0 +1,232 @@
+"""A teacher somewhere else: segments are posted as JSON, answers are read from the reply. The door for VLM judges.
+
+Request (POST, application/json); obs and actions are lists [H][dim], frames base64 PNG files in order of time:
+
+    {"id": "<SHA-256 of the pairs>",
+     "pairs": [{"first": {"obs": …, "actions": …, "frames": […]}, "second": {…}}, …]}
+
+Reply (200), one answer per pair: 1 first, 0 second, 0.5 equally good (or anything between), null to skip:
+
+    {"answers": [1, 0, 0.5, null]}
+
+Equal pairs make equal ids, so a server can answer a repeated request from memory. Task rewards are never sent.
+`python -m teachers.example_server` is a server to start from.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import io
+import json
+import logging
+import math
+import reprlib
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pbrl.types import Answer, Query, Segments
+
+log = logging.getLogger(__name__)
+
+Render = Callable[
+    [np.ndarray, np.ndarray], np.ndarray
+]  # state [S], actions [H, act_dim] -> uint8 [T, height, width, 3]
+
+
+class HTTPTeacherError(RuntimeError):
+    """The server could not be reached, refused, or answered something that is not an answer."""
+
+
+class HTTPTeacher:
+    """Asks a server. Slow, missing and failing (5xx, 429) servers are retried with growing pauses.
+
+    A query is sent in parts. If the server dies in the middle, the parts already answered stay in `state_dict`, and
+    asking the same query again sends only the others.
+
+    Args:
+        url: where to post, http or https.
+        timeout: seconds for one reply, start to end.
+        retries: attempts after the first.
+        backoff: seconds before the first retry; doubled at each further one, up to a minute.
+        pairs_per_request: pairs in one request.
+        frames: rendered frames to send per segment, evenly spaced in time, the last one included; 0 sends none.
+        render: turns a simulator state and the actions taken from there into frames; needed if frames > 0.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 30.0,
+        retries: int = 5,
+        backoff: float = 1.0,
+        pairs_per_request: int = 10,
+        frames: int = 0,
+        render: Render | None = None,
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ValueError(f"url is {url!r}; expected http://HOST:PORT/PATH or https://…")
+        if timeout <= 0 or retries < 0 or backoff < 0 or pairs_per_request < 1 or frames < 0:
+            raise ValueError(
+                f"timeout={timeout}, retries={retries}, backoff={backoff}, pairs_per_request={pairs_per_request}, "
+                f"frames={frames}: expected a positive timeout, at least one pair per request and no negative number"
+            )
+        self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
+        self.pairs_per_request, self.frames, self.render = pairs_per_request, frames, render
+        self._answered: dict[str, list[float | None]] = {}  # parts of the query that is being asked, by id
+        self._retried = 0
+        self._opener = _opener(url)
+
+    def __call__(self, query: Query) -> Answer:
+        """The server's answers.
+
+        Raises:
+            HTTPTeacherError: naming the url and, for a malformed answer, the pair and the value.
+        """
+        self._retried = 0
+        answers: list[float | None] = []
+        for start in range(0, len(query), self.pairs_per_request):
+            answers += self._ask(query[start : start + self.pairs_per_request], start)
+        self._answered = {}
+        labels = [0.5 if answer is None else answer for answer in answers]
+        return Answer(torch.tensor(labels, dtype=torch.float32), torch.tensor([a is not None for a in answers]).bool())
+
+    def metrics(self) -> dict[str, float]:
+        """`teacher/http_retries`: attempts repeated during the last query."""
+        return {"teacher/http_retries": float(self._retried)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the answered parts of an unfinished query."""
+        return {"answered": self._answered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._answered = dict(state["answered"])
+
+    def _ask(self, query: Query, start: int) -> list[float | None]:
+        """The answers to one part, whose first pair is the `start`-th of the whole query."""
+        pairs = self._pairs(query)
+        name = hashlib.sha256(pairs.encode()).hexdigest()
+        if name not in self._answered:
+            reply = self._post(f'{{"id": "{name}", "pairs": {pairs}}}'.encode(), limit=4096 + 64 * len(query))
+            self._answered[name] = self._answers(reply, len(query), start)
+        return self._answered[name]
+
+    def _pairs(self, query: Query) -> str:
+        """The pairs as JSON."""
+        sides = [self._side(query, side) for side in (0, 1)]
+        pairs = [{"first": first, "second": second} for first, second in zip(*sides, strict=True)]
+        return json.dumps(pairs, allow_nan=False)
+
+    def _side(self, query: Query, side: int) -> list[dict[str, Any]]:
+        segments: Segments = (query.first, query.second)[side]
+        shown = [
+            {"obs": obs, "actions": actions}
+            for obs, actions in zip(segments.obs.tolist(), segments.actions.tolist(), strict=True)
+        ]
+        if self.frames:
+            if self.render is None or query.states is None:
+                raise HTTPTeacherError(
+                    f"frames={self.frames} needs a renderer and stored simulator states, and this environment or run "
+                    "has none; set teacher.frames=0 to send observations and actions only"
+                )
+            for segment, state, actions in zip(shown, query.states[:, side], segments.actions, strict=True):
+                segment["frames"] = _pngs(self.render(state.numpy(), actions.numpy()), self.frames)
+        return shown
+
+    def _post(self, body: bytes, limit: int) -> bytes:
+        """The reply's body, of at most `limit` bytes."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
+        problem = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self._pause(attempt, problem)
+            try:
+                return self._exchange(request, limit)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                error.close()
+                if error.code < 500 and error.code != 429:
+                    raise HTTPTeacherError(f"{self.url} refused the request: {problem}") from error
+            except (OSError, http.client.HTTPException) as error:  # no connection, time-out, broken reply
+                problem = str(getattr(error, "reason", None) or error or type(error).__name__)
+        raise HTTPTeacherError(
+            f"no answer from {self.url} after {self.retries + 1} attempts: {problem}. What was answered is kept: start "
+            "the server again and go on with resume=RUN (the run's directory)"
+        )
+
+    def _pause(self, attempt: int, problem: str) -> None:
+        seconds = min(self.backoff * 2 ** (attempt - 1), 60.0)
+        log.warning("%s: %s; trying again in %g s (%d of %d)", self.url, problem, seconds, attempt, self.retries)
+        time.sleep(seconds)
+        self._retried += 1
+
+    def _exchange(self, request: urllib.request.Request, limit: int) -> bytes:
+        deadline = time.monotonic() + self.timeout
+        with self._opener.open(request, timeout=self.timeout) as response:
+            body = b""
+            while chunk := response.read1(65536):
+                body += chunk
+                if len(body) > limit:
+                    raise HTTPTeacherError(f"{self.url} sent a reply of more than {limit} bytes; expected only answers")
+                if time.monotonic() > deadline:  # a socket's own time-out starts anew with each byte
+                    raise TimeoutError(f"the reply took longer than {self.timeout} s")
+            if response.length:
+                raise http.client.IncompleteRead(body, response.length)
+            return body
+
+    def _answers(self, reply: bytes, size: int, start: int) -> list[float | None]:
+        try:
+            parsed = json.loads(reply)
+        except (ValueError, RecursionError) as error:
+            raise HTTPTeacherError(f"{self.url} sent {reprlib.repr(reply)}, which is not JSON: {error}") from error
+        if not isinstance(parsed, dict) or not isinstance(parsed.get("answers"), list):
+            raise HTTPTeacherError(f'{self.url} sent {reprlib.repr(parsed)}; expected {{"answers": [...]}}')
+        answers = parsed["answers"]
+        if len(answers) != size:
+            raise HTTPTeacherError(f"{self.url} sent {len(answers)} answers to {size} pairs")
+        for pair, answer in enumerate(answers, start):
+            if answer is not None and not _is_label(answer):
+                raise HTTPTeacherError(
+                    f"{self.url} answered pair {pair} with {reprlib.repr(answer)}; expected a number in [0, 1] "
+                    "(1 first, 0 second, 0.5 equally good) or null to skip it"
+                )
+        return [None if answer is None else float(answer) for answer in answers]
+
+
+def _is_label(answer: Any) -> bool:
+    return type(answer) in (int, float) and not math.isnan(answer) and 0 <= answer <= 1
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Speaks http and https and nothing else; does not follow redirects, which would turn the POST into a GET."""
+    local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler({} if local else None),  # a proxy cannot see this machine's own server
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _pngs(video: np.ndarray, count: int) -> list[str]:
+    """`count` frames of a uint8 [T, height, width, 3] video, evenly spaced, the last included, as base64 PNG."""
+    chosen = np.unique(np.linspace(len(video) - 1, 0, count).round().astype(int))
+    files = []
+    for index in chosen:
+        file = io.BytesIO()
+        Image.fromarray(video[index]).save(file, format="png")
+        files.append(base64.b64encode(file.getvalue()).decode())
+    return files
