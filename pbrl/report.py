@@ -1,0 +1,261 @@
+"""The report of a comparison: Markdown with picture files, and one self-contained HTML page (no external request)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pbrl import plots
+from pbrl.comparison import Comparison
+from pbrl.tables import HEALTH, Row, Tables
+
+SEEDS_FOR_A_CLAIM = 5
+DPI = 130  # of the pictures
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, sentences, and what is shown below them."""
+
+    title: str
+    text: str
+    figures: Mapping[str, Figure]  # by file name without ending
+    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None  # header, rows
+    origin: str  # the CSV the numbers are in
+
+
+def write_report(data: Comparison, tables: Tables, folder: Path, command: str) -> None:
+    """Write report.md, report.html and figures/*.png into `folder`."""
+    sections = build_sections(data, tables)
+    pictures = {name: _png(figure) for section in sections for name, figure in section.figures.items()}
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(picture)
+    introduction = summary(data, tables)
+    (folder / "report.md").write_text(markdown(introduction, data.notes, sections, command), encoding="utf-8")
+    page = webpage(introduction, data.notes, sections, pictures, command)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def summary(data: Comparison, tables: Tables) -> str:
+    """What was compared, in a sentence or two."""
+    learners = tables["scores"]
+    fewest = min(row["runs"] for row in learners)
+    text = (
+        f"{sum(row['runs'] for row in learners)} runs: {len(data.methods)} methods ({', '.join(data.methods)}) on "
+        f"{len(data.curves)} tasks ({', '.join(data.curves)}), told apart by {', '.join(data.selection.method_keys)}."
+    )
+    if fewest < SEEDS_FOR_A_CLAIM:
+        text += (
+            f" A method has as few as {fewest} seeds on a task: too few for a claim, which takes {SEEDS_FOR_A_CLAIM}."
+        )
+    return text
+
+
+def build_sections(data: Comparison, tables: Tables) -> list[Section]:
+    """The report's sections in order, without those that have no rows."""
+    builders: dict[str, Callable[[Comparison, Tables], Section]] = {
+        "curves_steps": _curves_section,
+        "scores": _scores_section,
+        "aggregate": _aggregate_section,
+        "improvement": _improvement_section,
+        "samples": _samples_section,
+        "profiles": _profiles_section,
+        "health": _health_section,
+        "runs": _sources_section,
+    }
+    return [build(data, tables) for name, build in builders.items() if tables[name]]
+
+
+def _curves_section(data: Comparison, tables: Tables) -> Section:
+    figures = {
+        name: plots.curves_figure(tables[name], name.removeprefix("curves_"), data.metrics, data.methods)
+        for name in ("curves_steps", "curves_labels")
+    }
+    text = (
+        "Interquartile mean over seeds, with the 95 % interval of a bootstrap over seeds. Curves end where the task's "
+        "shortest run ends. Between two evaluations the last one holds. Over labels, a point is the last score "
+        "measured with at most that many labels, so the last point is the end of training."
+    )
+    return Section("Learning curves", text, figures, None, "curves_steps.csv, curves_labels.csv, evaluations.csv")
+
+
+def _scores_section(data: Comparison, tables: Tables) -> Section:
+    header = ["task", "method", "seeds", "metric", "final", "of oracle", "AUC", "AUC of oracle", "runs"]
+    rows = [
+        [
+            row["task"],
+            row["method"],
+            str(row["runs"]),
+            plots.METRIC_NAMES[row["metric"]],
+            *(_estimate(row, name) for name in ("final", "final_normalized", "auc", "auc_normalized")),
+            row["sources"],
+        ]
+        for row in tables["scores"]
+    ]
+    text = (
+        "Interquartile mean [95 % interval]. The final score of a run is its mean over the evaluations in the last "
+        "tenth of the steps; AUC is the mean height of its curve over steps. "
+    ) + " ".join(
+        f"The oracle reaches {_number(row['score'])} on {row['task']} ({row['sources']})." for row in tables["oracle"]
+    )
+    return Section("Scores on each task", text, {}, (header, rows), "scores.csv, oracle.csv")
+
+
+def _aggregate_section(data: Comparison, tables: Tables) -> Section:
+    rows = [
+        [row["method"], row["tasks"], str(row["runs"]), *(_estimate(row, f"{n}_normalized") for n in ("final", "auc"))]
+        for row in tables["aggregate"]
+    ]
+    text = (
+        "Interquartile mean over all runs on the tasks that every method has, in shares of the oracle's score "
+        "(which is taken as fixed)."
+    )
+    figures = {"aggregate": plots.aggregate_figure(tables["aggregate"], data.methods)}
+    header = ["method", "tasks", "runs", "final", "AUC"]
+    return Section("Scores over all tasks, normalised by the oracle", text, figures, (header, rows), "aggregate.csv")
+
+
+def _improvement_section(data: Comparison, tables: Tables) -> Section:
+    rows = [
+        [r["first"], r["second"], _estimate(r, "probability", bare=True), r["tasks"]] for r in tables["improvement"]
+    ]
+    text = (
+        "How likely a run of the first method ends with a higher score than one of the second, averaged over tasks "
+        "(Mann–Whitney U, ties count half). The methods differ where the interval excludes 0.5."
+    )
+    figures = {}
+    if data.base and any(row["second"] == data.base for row in tables["improvement"]):
+        figures["improvement"] = plots.improvement_figure(tables["improvement"], data.base, data.methods)
+    header = ["first", "second", "P(first > second)", "tasks"]
+    return Section("Probability of improvement", text, figures, (header, rows), "improvement.csv")
+
+
+def _samples_section(data: Comparison, tables: Tables) -> Section:
+    header = ["task", "share of oracle", "method", "steps", "steps / baseline", "labels", "labels / baseline"]
+    rows = [
+        [
+            row["task"],
+            f"{row['share']:.0%} ({_number(row['level'])})",
+            row["method"],
+            *(_estimate(row, name) for name in ("steps", "steps_ratio", "labels", "labels_ratio")),
+        ]
+        for row in tables["samples"]
+    ]
+    text = (
+        "Where the interquartile-mean curve first reaches a share of the oracle's score, at an evaluation and not "
+        f"between two. The ratio is to {data.base or data.baseline}: 0.37 is 63 % fewer. “Not reached” within the "
+        "steps compared counts as infinity."
+    )
+    figures = {"samples": plots.samples_figure(tables["samples"], data.methods)}
+    return Section("Samples needed to reach a share of the oracle", text, figures, (header, rows), "samples.csv")
+
+
+def _profiles_section(data: Comparison, tables: Tables) -> Section:
+    text = "The share of all runs, on the tasks that every method has, whose normalised final score is above τ."
+    figures = {"profiles": plots.profiles_figure(tables["profiles"], data.methods)}
+    return Section("Performance profiles", text, figures, None, "profiles.csv")
+
+
+def _health_section(data: Comparison, tables: Tables) -> Section:
+    last: dict[tuple[str, str], dict[str, str]] = {(row["task"], row["method"]): {} for row in tables["health"]}
+    for row in tables["health"]:
+        last[row["task"], row["method"]][row["metric"]] = _estimate(row, "iqm", bare=True)
+    rows = [[*pair, *(cells.get(name, "–") for name in HEALTH)] for pair, cells in last.items()]
+    text = "Measured at each feedback session; the table shows the last one."
+    figures = {"health": plots.health_figure(tables["health"], data.methods)}
+    header = ["task", "method", *(plots.METRIC_NAMES[name] for name in HEALTH)]
+    return Section("Health of the reward model", text, figures, (header, rows), "health.csv")
+
+
+def _sources_section(data: Comparison, tables: Tables) -> Section:
+    columns = ("run", "task", "method", "seed", "steps", "labels", "skipped", "equal", "final", "wall_hours", "source")
+    rows = [[_number(row[name]) for name in columns] for row in tables["runs"]]
+    header = [name.replace("_", " ") for name in columns]
+    return Section("Sources", "Every run behind the numbers above.", {}, (header, rows), "runs.csv, evaluations.csv")
+
+
+def _number(value: Any) -> str:
+    """A cell: three significant digits, whole numbers in full, – for what is missing."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "not reached"
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _estimate(row: Row, name: str, bare: bool = False) -> str:
+    """Point and interval, from the columns `name`, `name_low`, `name_high`, or `low` and `high` if they are bare."""
+    low, high = (row[end if bare else f"{name}_{end}"] for end in ("low", "high"))
+    point = _number(row[name])
+    return point if math.isnan(low) else f"{point} [{_number(low)}, {_number(high)}]"
+
+
+def markdown(introduction: str, notes: Sequence[str], sections: Sequence[Section], command: str) -> str:
+    """The report as Markdown; pictures are files beside it."""
+    parts = ["# Comparison", introduction, f"```\n{command}\n```", *(f"- {note}" for note in notes)]
+    for section in sections:
+        parts += [f"## {section.title}", section.text]
+        parts += [f"![{section.title}](figures/{name}.png)" for name in section.figures]
+        if section.table:
+            header, rows = section.table
+            cells = [header, ["---"] * len(header), *rows]
+            parts.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in cells))
+        parts.append(f"Numbers: {section.origin}")
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+img { max-width: 100%; display: block; margin: .6rem 0 } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; white-space: nowrap }
+th { background: #f5f5f5 } pre { background: #f5f5f5; padding: .6rem; overflow-x: auto }
+.origin { color: #666; font-size: 13px } .notes { background: #fff6e0; padding: .5rem 1rem .5rem 2rem }
+"""
+
+
+def webpage(
+    introduction: str,
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    pictures: Mapping[str, bytes],
+    command: str,
+) -> str:
+    """The report as one HTML page with the pictures inside."""
+    escape = html.escape
+    body = ["<h1>Comparison</h1>", f"<p>{escape(introduction)}</p>", f"<pre>{escape(command)}</pre>"]
+    if notes:
+        body.append("<ul class=notes>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
+    for section in sections:
+        body.append(f"<h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>")
+        for name in section.figures:
+            data = base64.b64encode(pictures[name]).decode()
+            body.append(f'<img alt="{escape(section.title)}: {name}" src="data:image/png;base64,{data}">')
+        if section.table:
+            header, rows = section.table
+            lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
+            lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+            body.append("<div class=scroll><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
+        body.append(f"<p class=origin>Numbers: {escape(section.origin)}</p>")
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
+        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
+    )
