@@ -99,7 +99,7 @@ class SimulatedTeacher:
         gap = weighted[:, 0] - weighted[:, 1]
         chance, slip = self._rng.random((2, size))  # always drawn, so that options do not shift each other's numbers
         if self.beta > 0:
-            scale = weighted.std() if self.beta_per_std else 1.0
+            scale = weighted.std() if self.beta_per_std and size else 1.0
             # u < sigmoid(x) is log(u / (1 - u)) < x, which cannot overflow
             with np.errstate(divide="ignore"):
                 first = np.log(chance) - np.log1p(-chance) < self.beta * gap / (scale or 1.0)

@@ -1,0 +1,366 @@
+"""The remote teacher against real servers on this machine, well-behaved and not."""
+
+import base64
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pbrl.types import Query, Segments
+from teachers.http import HTTPTeacher, HTTPTeacherError
+
+REWARD = 987.125  # a task reward that must not appear in any request
+
+
+def query(size: int, states: bool = False) -> Query:
+    """Pairs whose first segments spend i / 10 a step and whose second 0.25."""
+    spent = torch.arange(size).reshape(size, 1, 1).expand(-1, 3, 2) / 10.0
+    obs = torch.randn(size, 3, 4, generator=torch.Generator().manual_seed(size))
+    return Query(
+        Segments(obs, spent.contiguous()),
+        Segments(-obs, torch.full((size, 3, 2), 0.25)),
+        torch.full((size, 2, 3), REWARD),
+        mean_task_reward=REWARD,
+        states=torch.arange(size * 2.0).double().reshape(size, 2, 1) if states else None,
+    )
+
+
+class Server:
+    """A server that replies with what `reply(request number, body)` writes to the raw connection."""
+
+    def __init__(self, reply: Callable[[int, Any, BaseHTTPRequestHandler], None]) -> None:
+        self.requests: list[Any] = []
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                reply(len(requests), requests[-1], self)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            def handle_error(self, *args: Any) -> None:
+                """A client that gave up on a slow reply is expected here."""
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/label"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self) -> "Server":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def answers(*values: Any) -> bytes:
+    return json.dumps({"answers": values}).encode()
+
+
+def always(body: bytes, status: int = 200) -> Server:
+    return Server(lambda number, request, handler: send(handler, body, status))
+
+
+def teacher(server: Server, **options: Any) -> HTTPTeacher:
+    return HTTPTeacher(server.url, **{"timeout": 5.0, "retries": 2, "backoff": 0.01} | options)
+
+
+# When all is well
+
+
+def test_answers_are_read_and_null_skips() -> None:
+    with always(answers(1, 0, 0.5, None, 0.25)) as server:
+        answer = teacher(server)(query(5))
+    assert answer.prefers_first.tolist() == [1, 0, 0.5, 0.5, 0.25]
+    assert answer.given.tolist() == [True, True, True, False, True]
+    assert answer.prefers_first.dtype == torch.float32 and answer.given.dtype == torch.bool
+
+
+def test_the_request_holds_the_segments_an_id_and_no_task_reward() -> None:
+    asked = query(2)
+    with always(answers(1, 1)) as server:
+        teacher(server)(asked)
+        teacher(server)(asked)
+        teacher(server)(query(2, states=True)[[1, 0]])
+    same, again, other = server.requests
+    assert same.keys() == {"id", "pairs"} and same["pairs"][1].keys() == {"first", "second"}
+    assert same["pairs"][1]["first"].keys() == {"obs", "actions"}
+    assert torch.equal(torch.tensor(same["pairs"][1]["second"]["obs"]), asked.second.obs[1])
+    assert torch.equal(torch.tensor(same["pairs"][1]["first"]["actions"]), asked.first.actions[1])
+    assert same["id"] == again["id"] != other["id"]
+    assert str(REWARD) not in json.dumps(server.requests)
+
+
+def test_a_long_query_is_sent_in_parts() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, answers(*[number / 10] * len(request["pairs"])))
+
+    with Server(reply) as server:
+        answer = teacher(server, pairs_per_request=2)(query(5))
+    assert answer.prefers_first.tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3])
+
+
+def test_an_empty_query_asks_nobody() -> None:
+    assert len(HTTPTeacher("http://127.0.0.1:1/")(query(0))) == 0
+
+
+def test_rendered_frames_are_sent_as_png() -> None:
+    def render(state: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Frame t is all (10 state + t)."""
+        shades = 10 * state[0] + np.arange(len(actions) + 1)
+        return np.broadcast_to(shades[:, None, None, None], (len(shades), 8, 6, 3)).astype(np.uint8)
+
+    with always(answers(1, 1)) as server:
+        teacher(server, frames=2, render=render)(query(2, states=True))
+    frames = server.requests[0]["pairs"][1]["second"]["frames"]
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]
+    assert [image.shape for image in images] == [(8, 6, 3)] * 2
+    assert [image[0, 0, 0] for image in images] == [30, 33]  # state 3: the first and the last frame
+
+
+def test_frames_without_a_renderer_or_states_are_an_error_that_helps() -> None:
+    with pytest.raises(HTTPTeacherError, match=r"teacher\.frames=0"):
+        HTTPTeacher("http://127.0.0.1:1/", frames=2)(query(1, states=True))
+
+
+# When it is not
+
+
+def test_failing_servers_are_asked_again() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, answers(1) if number == 3 else b"overloaded", 200 if number == 3 else (500, 429)[number - 1])
+
+    with Server(reply) as server:
+        asked = teacher(server)
+        assert asked(query(1)).prefers_first.tolist() == [1]
+    assert asked.metrics() == {"teacher/http_retries": 2}
+    assert len({request["id"] for request in server.requests}) == 1
+
+
+def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("teachers.http.time.sleep", pauses.append)
+    with always(b"", 503) as server, pytest.raises(HTTPTeacherError, match=r"after 5 attempts: HTTP 503"):
+        teacher(server, retries=4, backoff=10.0)(query(1))
+    assert pauses == [10, 20, 40, 60]
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 404])
+def test_refusals_are_not_repeated(status: int) -> None:
+    with always(b"no", status) as server, pytest.raises(HTTPTeacherError, match=f"{server.url} refused.*{status}"):
+        teacher(server)(query(1))
+    assert len(server.requests) == 1
+
+
+def test_a_silent_server_times_out() -> None:
+    with (
+        Server(lambda number, request, handler: time.sleep(0.5)) as server,
+        pytest.raises(HTTPTeacherError, match=r"after 2 attempts: .*timed out"),
+    ):
+        teacher(server, timeout=0.1, retries=1)(query(1))
+
+
+def test_a_server_that_drips_times_out() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+
+    with Server(reply) as server, pytest.raises(HTTPTeacherError, match=r"longer than 0\.2 s"):
+        teacher(server, timeout=0.2, retries=0)(query(1))
+
+
+def test_a_connection_cut_in_the_middle_is_retried() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        body = answers(1)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body if number == 2 else body[:4])
+
+    with Server(reply) as server:
+        assert teacher(server)(query(1)).prefers_first.tolist() == [1]
+    assert len(server.requests) == 2
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_dead_server_is_an_error_that_says_how_to_go_on() -> None:
+    url = f"http://127.0.0.1:{closed_port()}/label"
+    with pytest.raises(HTTPTeacherError, match=rf"no answer from {url} after 3 attempts.*refused.*resume=RUN"):
+        HTTPTeacher(url, retries=2, backoff=0.01)(query(1))
+
+
+def test_answers_of_a_query_cut_short_are_kept() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, answers(1, 0) if number <= 2 else b"", 200 if number <= 2 else 500)
+
+    with Server(reply) as server:
+        asked = teacher(server, pairs_per_request=2, retries=0)
+        with pytest.raises(HTTPTeacherError):
+            asked(query(6))
+    kept = json.loads(json.dumps(asked.state_dict()))
+    with always(answers(0, 1)) as server:
+        resumed = teacher(server, pairs_per_request=2)
+        resumed.load_state_dict(kept)
+        assert resumed(query(6)).prefers_first.tolist() == [1, 0, 1, 0, 0, 1]
+        assert len(server.requests) == 1
+    assert resumed.state_dict() == {"answered": {}}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>", "which is not JSON"),
+        (b"\xff\xfe", "which is not JSON"),
+        (b"[" * 4000, "which is not JSON"),
+        (b"", "which is not JSON"),
+        (b"[1, 1]", r'expected \{"answers"'),
+        (b'{"answers": 1}', r'expected \{"answers"'),
+        (answers(1), "1 answers to 2 pairs"),
+        (answers(1, 1, 1), "3 answers to 2 pairs"),
+        (answers(1, 2.0), r"pair 1 with 2\.0"),
+        (answers(-0.5, 1), r"pair 0 with -0\.5"),
+        (b'{"answers": [1, NaN]}', "pair 1 with nan"),
+        (b'{"answers": [1, Infinity]}', "pair 1 with inf"),
+        (answers(1, "first"), "pair 1 with 'first'"),
+        (answers(True, 1), "pair 0 with True"),
+        (answers(1, [0]), r"pair 1 with \[0\]"),
+        (answers(1, 10**300), "pair 1 with 1000"),
+        (b" " * 10**6, "more than .* bytes"),
+    ],
+    ids=range(17),
+)
+def test_malformed_answers_are_named_and_not_repeated(body: bytes, message: str) -> None:
+    with always(body) as server, pytest.raises(HTTPTeacherError, match=f"{server.url} (sent|answered) .*{message}"):
+        teacher(server)(query(2))
+    assert len(server.requests) == 1
+
+
+def test_a_malformed_answer_is_counted_within_the_whole_query() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, answers(1, 1 if number < 3 else 7))
+
+    with Server(reply) as server, pytest.raises(HTTPTeacherError, match="pair 5 with 7"):
+        teacher(server, pairs_per_request=2)(query(6))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=7), inner, max_size=3),
+    max_leaves=8,
+)
+replies = (
+    st.binary(max_size=40)
+    | json_values.map(lambda value: json.dumps(value).encode())
+    | st.lists(json_values, max_size=3).map(lambda values: answers(*values))
+    | st.lists(st.none() | st.floats(0, 1), min_size=2, max_size=2).map(lambda values: answers(*values))
+)
+
+
+@pytest.fixture(scope="module")
+def changeable() -> Iterator[tuple[Server, list[bytes]]]:
+    body = [b""]
+    with Server(lambda number, request, handler: send(handler, body[0])) as server:
+        yield server, body
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(replies)
+def test_any_reply_gives_labels_or_one_clear_error(changeable: tuple[Server, list[bytes]], reply: bytes) -> None:
+    server, body = changeable
+    body[0] = reply
+    try:
+        answer = teacher(server)(query(2))
+    except HTTPTeacherError as error:
+        assert server.url in str(error)
+        assert len(str(error)) < 500
+    else:
+        said = json.loads(reply)["answers"]
+        assert answer.given.tolist() == [value is not None for value in said]
+        assert answer.prefers_first.tolist() == pytest.approx([0.5 if value is None else value for value in said])
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "127.0.0.1:8000", "http://", ""])
+def test_only_http_is_spoken(url: str) -> None:
+    with pytest.raises(ValueError, match="expected http://"):
+        HTTPTeacher(url)
+
+
+def test_impossible_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="timeout=0"):
+        HTTPTeacher("http://localhost/", timeout=0)
+
+
+def test_observations_that_are_no_numbers_are_not_sent() -> None:
+    asked = query(2)
+    asked.second.obs[1, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        HTTPTeacher("http://127.0.0.1:1/")(asked)
+
+
+# The example server
+
+
+@pytest.fixture
+def example_server() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "teachers.example_server", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[2].rstrip(";")
+    process.terminate()
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_example_server_prefers_less_energy(example_server: str) -> None:
+    asked = HTTPTeacher(example_server, retries=0)
+    # energies per number: 0, 0.01, 0.04, 0.09, 0.16 against 0.0625
+    assert asked(query(5)).prefers_first.tolist() == [1, 1, 1, 0, 0]
+    both = Query(query(1).first, query(1).first, torch.zeros(1, 2, 3))
+    assert asked(both).prefers_first.tolist() == [0.5]
+
+
+def test_the_example_server_refuses_what_is_no_request(example_server: str) -> None:
+    for body in (b"", b"{}", b"[]", b"[" * 5000, b'{"id": [], "pairs": 3}'):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(example_server, body, timeout=5)
+        assert caught.value.code == 400
+        caught.value.close()
