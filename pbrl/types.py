@@ -160,8 +160,13 @@ class PolicyView(Protocol):
     log-probabilities are those of the raw action (the tanh correction does not depend on theta).
     """
 
-    gamma: float  # discount per environment step
-    alpha: float  # SAC's temperature now: weight of the entropy bonus
+    @property
+    def gamma(self) -> float:
+        """Discount per environment step."""
+
+    @property
+    def alpha(self) -> float:
+        """SAC's temperature now: weight of the entropy bonus."""
 
     def parameters(self) -> Params:
         """The actor's parameters, copied and detached: float32, by name."""
@@ -181,13 +186,25 @@ class PolicyView(Protocol):
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         """Target critics' soft value of next_obs, float32 [B]; noise: standard normal [B, act_dim]."""
 
+    def objective(self, theta: Params, obs: Tensor, noise: Tensor) -> Tensor:
+        """SAC's actor objective, maximised: mean over obs of min Q(s, a) − alpha log π_theta(a | s); float32 []."""
+
 
 class Session(Protocol):
     """What a reward updater may use beside the reward, the preferences and the policy."""
 
-    policy: PolicyView
     rng: np.random.Generator  # the updater's own generator; the loop saves and restores it
-    env_step: int
+
+    @property
+    def policy(self) -> PolicyView:
+        """The agent now."""
+
+    @property
+    def env_step(self) -> int:
+        """Environment steps taken so far."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal draws from `rng`: float32 [*shape]."""
 
     def fresh(self) -> list[Segments]:
         """This session's on-policy episodes (or parts): one Segments [1, T, ...] each; empty for buffer updaters."""

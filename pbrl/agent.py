@@ -1,0 +1,552 @@
+"""The agent: Stable-Baselines3's SAC, paid by a learned reward, with its own generators and a lean update.
+
+What differs from SB3's defaults, and why (B-Pref `agent/sac.py`; PARL table 2):
+
+* the temperature has a learning rate and an initial value of its own (1e-4, 0.1);
+* `target_update_interval` counts updates across calls (SB3 tests the step *within* a call to `train`, so with one
+  gradient step per call its interval is ignored);
+* `log_std_range` squashes the log standard deviation into a range by tanh (SB3 clamps it to [−20, 2]);
+* `orthogonal_init` as published; `reset_critic` for the change from pretraining to the learned reward;
+* every random draw comes from the agent's own generators: nothing else can disturb it, and it can be resumed.
+
+`isinstance(agent, SAC)` holds; SB3's callbacks, `learn`, `predict`, `save` and `load` work as they do there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.sac.policies import Actor, SACPolicy
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pbrl.replay import Batch, RelabelReplay, RewardFunction
+from pbrl.rollouts import Rollouts
+from pbrl.types import Params
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
+METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
+
+
+class SquashedStdActor(Actor):
+    """SB3's actor, its log standard deviation squashed by tanh into `log_std_range` instead of clamped."""
+
+    log_std_range: tuple[float, float] | None = None
+
+    def get_action_dist_params(self, obs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if self.log_std_range is None:
+            return super().get_action_dist_params(obs)
+        latent = self.latent_pi(self.extract_features(obs, self.features_extractor))
+        low, high = self.log_std_range
+        return self.mu(latent), low + 0.5 * (high - low) * (torch.tanh(self.log_std(latent)) + 1), {}
+
+
+class PreferencePolicy(SACPolicy):
+    """SB3's SAC policy with the two options of the published code: `log_std_range` and `orthogonal_init`."""
+
+    def __init__(
+        self, *args: Any, log_std_range: Sequence[float] | None = None, orthogonal_init: bool = False, **kwargs: Any
+    ) -> None:
+        self.log_std_range = None if log_std_range is None else (float(log_std_range[0]), float(log_std_range[1]))
+        self.orthogonal_init = orthogonal_init
+        super().__init__(*args, **kwargs)
+        if orthogonal_init:
+            for module in (self.actor, self.critic):
+                initialise(module, orthogonal=True)
+            self.critic_target.load_state_dict(self.critic.state_dict())
+
+    def make_actor(self, features_extractor: Any = None) -> Actor:
+        kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
+        actor = SquashedStdActor(**kwargs).to(self.device)
+        actor.log_std_range = self.log_std_range
+        return actor
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {"log_std_range": self.log_std_range, "orthogonal_init": self.orthogonal_init}
+        return super()._get_constructor_parameters() | own
+
+
+def initialise(module: nn.Module, orthogonal: bool) -> None:
+    """Draw new weights for every linear layer of `module`, from torch's global generator (fork it around the call)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            if orthogonal:
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            else:
+                layer.reset_parameters()
+
+
+class PreferenceSAC(SAC):
+    """SAC whose reward is a function of observation and action, learned elsewhere.
+
+    Attributes to set after construction (none of them is saved in SB3's zip):
+        reward_fn: pays each new transition; None: the task's own reward (the oracle).
+        batch_reward: if set, replaces the rewards of every sampled batch (state-entropy pretraining): observations
+            float32 [B, obs_dim] to float32 [B].
+        rollouts: if set, records every step of the training environment.
+    """
+
+    replay_buffer: RelabelReplay
+
+    def __init__(self, policy: Any, env: Any, temperature_lr: float | None = None, **kwargs: Any) -> None:
+        self.temperature_lr = temperature_lr
+        self.reward_fn: RewardFunction | None = None
+        self.batch_reward: Callable[[Tensor], Tensor] | None = None
+        self.rollouts: Rollouts | None = None
+        self._branching = False
+        kwargs.setdefault("replay_buffer_class", RelabelReplay)
+        super().__init__(policy, env, **kwargs)
+
+    def _setup_model(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            super()._setup_model()
+        seeds = np.random.SeedSequence(self.seed).spawn(2)
+        self.replay_rng = np.random.default_rng(seeds[0])  # replay indices and random actions
+        self.noise = torch.Generator(self.device).manual_seed(int(seeds[1].generate_state(1, np.uint64)[0] >> 1))
+        if self.ent_coef_optimizer is not None:
+            rate = self.temperature_lr or self.lr_schedule(1)
+            self.ent_coef_optimizer = torch.optim.Adam([self.log_ent_coef], lr=rate)  # type: ignore[list-item]
+        self._sums = torch.zeros(len(METRICS), device=self.device)
+        self._summed = 0
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
+        return super()._excluded_save_params() + own
+
+    # ------------------------------------------------------------------------------------------------ collecting
+
+    def collect(
+        self,
+        steps: int,
+        updates: int = 1,
+        callback: MaybeCallback = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Act for `steps` environment steps, with `updates` gradient steps after each (once past `learning_starts`).
+
+        SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
+        before each step.
+
+        Returns:
+            How many steps were taken.
+        """
+        _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
+        prepared.on_training_start(locals(), globals())
+        taken = 0
+        for _ in range(steps):
+            if stop() or not self._step(prepared):
+                break
+            taken += 1
+            if updates and self.num_timesteps > self.learning_starts:
+                self.train(updates, self.batch_size)
+        prepared.on_training_end()
+        return taken
+
+    def _step(self, callback: BaseCallback) -> bool:
+        assert self.env is not None
+        return self.collect_rollouts(
+            self.env,
+            callback,
+            self.train_freq,
+            self.replay_buffer,
+            learning_starts=self.learning_starts,  # type: ignore[arg-type]
+        ).continue_training
+
+    @torch.no_grad()
+    def _sample_action(
+        self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert isinstance(self._last_obs, np.ndarray)
+        size = (n_envs, self.action_space.shape[0])  # type: ignore[index]
+        if self.num_timesteps < learning_starts:
+            scaled = self.replay_rng.uniform(-1, 1, size).astype(np.float32)
+            raw = np.arctanh(scaled * (1 - 1e-6))
+        else:
+            mean, log_std, _ = self.actor.get_action_dist_params(torch.from_numpy(self._last_obs).to(self.device))
+            draw = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
+            raw_tensor = mean + log_std.exp() * draw
+            raw, scaled = raw_tensor.cpu().numpy(), torch.tanh(raw_tensor).cpu().numpy()
+        state = self.training_env.get_state() if self.rollouts is not None and self._has_states else np.zeros(0)
+        self._pending = (raw, state)
+        return self.policy.unscale_action(scaled), scaled
+
+    def _store_transition(
+        self,
+        replay_buffer: Any,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        obs = self._last_obs
+        assert isinstance(obs, np.ndarray)
+        if not (np.isfinite(new_obs).all() and np.isfinite(reward).all()):
+            what = "reward" if np.isfinite(new_obs).all() else "observation"
+            raise FloatingPointError(f"the simulator returned a non-finite {what} at step {self.num_timesteps}")
+        if self.rollouts is not None:
+            raw, state = self._pending
+            self.rollouts.add(
+                obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
+            )
+        if self.reward_fn is not None:
+            reward = self.reward_fn(obs, buffer_action)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    @property
+    def training_env(self) -> Any:
+        """The one training environment, unwrapped."""
+        assert self.env is not None
+        return self.env.envs[0].unwrapped  # type: ignore[attr-defined]
+
+    @property
+    def _has_states(self) -> bool:
+        return bool(getattr(self.training_env, "state_size", 0))
+
+    def branch(self, state: np.ndarray, steps: int) -> bool:
+        """Continue from a stored simulator state for `steps` steps of the present policy, then return to where it was.
+
+        The steps are counted, kept in the replay and recorded as a piece of their own in the rollouts.
+
+        Returns:
+            Whether the branch lasted for all its steps (False: it terminated early).
+        """
+        assert self.rollouts is not None
+        env, here, last_obs = self.training_env, self.training_env.get_state(), self._last_obs
+        self.rollouts.interrupt()
+        self._branching = True
+        try:
+            self._last_obs = np.asarray(env.set_state(state), np.float32)[None]
+            before = self.rollouts.episodes
+            taken = self.collect_until(steps, lambda: self.rollouts is not None and self.rollouts.episodes != before)
+        finally:
+            self._branching = False
+            self.rollouts.interrupt()
+            env.set_state(here)
+            self._last_obs = last_obs
+        return taken == steps
+
+    def collect_until(self, steps: int, stop: Callable[[], bool]) -> int:
+        """At most `steps` steps without updates, until `stop`; returns how many."""
+        return self.collect(steps, updates=0, stop=stop)
+
+    @contextlib.contextmanager
+    def acting_with(self, theta: Params) -> Iterator[None]:
+        """Within the block the actor has the parameters `theta`; afterwards its own again."""
+        own = {name: value.detach().clone() for name, value in self.actor.named_parameters()}
+        try:
+            self._set_actor(theta)
+            yield
+        finally:
+            self._set_actor(own)
+
+    @torch.no_grad()
+    def _set_actor(self, theta: Params) -> None:
+        for name, value in self.actor.named_parameters():
+            value.copy_(theta[name])
+
+    # ------------------------------------------------------------------------------------------------ the update
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """`gradient_steps` SAC updates. The numbers are those of `SAC.train`; only wasted work is left out."""
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.draw(batch_size, self.replay_rng)
+            if self.batch_reward is not None:
+                batch = batch._replace(rewards=self.batch_reward(batch.obs))
+            self.update(batch)
+
+    def squashed_sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """A reparameterised action in (−1, 1) and its log-probability: float32 [B, act_dim], [B]."""
+        mean, log_std, _ = self.actor.get_action_dist_params(obs)
+        noise = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
+        return squash(mean, log_std, noise)
+
+    def update(self, batch: Batch) -> None:
+        """One SAC update (Haarnoja et al., 2018) of temperature, critics, actor and target critics, in this order."""
+        actions, log_prob = self.squashed_sample(batch.obs)
+        alpha = self._update_temperature(log_prob)
+        with torch.no_grad():
+            next_actions, next_log_prob = self.squashed_sample(batch.next_obs)
+            next_q = torch.minimum(*self.critic_target(batch.next_obs, next_actions)).squeeze(1)
+            target = batch.rewards + batch.not_done * self.gamma * (next_q - alpha * next_log_prob)
+        q1, q2 = self.critic(batch.obs, batch.actions)
+        critic_loss = 0.5 * ((q1.squeeze(1) - target).square().mean() + (q2.squeeze(1) - target).square().mean())
+        self.critic.optimizer.zero_grad(set_to_none=True)
+        critic_loss.backward()
+        self.critic.optimizer.step()
+
+        self.critic.requires_grad_(False)  # the actor's loss needs dQ/da only
+        q = torch.minimum(*self.critic(batch.obs, actions)).squeeze(1)
+        actor_loss = (alpha * log_prob - q).mean()
+        self.actor.optimizer.zero_grad(set_to_none=True)
+        actor_loss.backward()
+        self.actor.optimizer.step()
+        self.critic.requires_grad_(True)
+
+        if self._n_updates % self.target_update_interval == 0:
+            self._move_targets()
+        self._n_updates += 1
+        with torch.no_grad():
+            self._sums += torch.stack([critic_loss, actor_loss, alpha.squeeze(), -log_prob.mean(), q.mean()])
+        self._summed += 1
+
+    def _update_temperature(self, log_prob: Tensor) -> Tensor:
+        """The temperature before this update, float32 []; then one step on it."""
+        if self.ent_coef_optimizer is None or self.log_ent_coef is None:
+            return self.ent_coef_tensor
+        alpha = self.log_ent_coef.detach().exp().squeeze()
+        self.log_ent_coef.grad = -(log_prob.detach().mean() + self.target_entropy).reshape(1)
+        self.ent_coef_optimizer.step()
+        return alpha
+
+    @torch.no_grad()
+    def _move_targets(self) -> None:
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+
+    def reset_critic(self, seed: int) -> None:
+        """New critics, targets and critic optimiser; actor and temperature are kept (B-Pref, after pretraining)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            initialise(self.critic, getattr(self.policy, "orthogonal_init", False))
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic.optimizer.state.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the updates since the last call; raises FloatingPointError if one of them is not finite."""
+        if not self._summed:
+            return {}
+        values = dict(zip(METRICS, (self._sums / self._summed).tolist(), strict=True))
+        self._sums.zero_()
+        self._summed = 0
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} before update {self._n_updates} (environment step {self.num_timesteps}): "
+                    "the agent diverged; a lower agent.learning_rate or reward.output=tanh usually helps"
+                )
+        return values
+
+    # ------------------------------------------------------------------------------------------------ exact resume
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the replay: tensors and plain values, for `torch.save`."""
+        env = self.training_env
+        state = {
+            "policy": self.policy.state_dict(),
+            "actor_optimizer": self.actor.optimizer.state_dict(),
+            "critic_optimizer": self.critic.optimizer.state_dict(),
+            "noise": self.noise.get_state(),
+            "replay_rng": self.replay_rng.bit_generator.state,
+            "env_rng": env.np_random.bit_generator.state,
+            "env_state": torch.from_numpy(env.get_state().copy()) if self._has_states else None,
+            "last_obs": torch.from_numpy(np.array(self._last_obs)) if self._last_obs is not None else None,
+            "num_timesteps": self.num_timesteps,
+            "n_updates": self._n_updates,
+            "episode_num": self._episode_num,
+            "sums": self._sums.clone(),
+            "summed": self._summed,
+        }
+        if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
+            state["log_ent_coef"] = self.log_ent_coef.detach().clone()
+            state["ent_coef_optimizer"] = self.ent_coef_optimizer.state_dict()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> bool:
+        """Restore what `state` returned; the environment stands in the middle of its episode again.
+
+        Returns:
+            False if the simulator cannot restore its state: its episode then starts anew.
+        """
+        self.policy.load_state_dict(state["policy"])
+        self.actor.optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic.optimizer.load_state_dict(state["critic_optimizer"])
+        self.noise.set_state(state["noise"])
+        self.replay_rng.bit_generator.state = state["replay_rng"]
+        self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
+        self._episode_num, self._summed = state["episode_num"], state["summed"]
+        self._sums.copy_(state["sums"])
+        if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
+            with torch.no_grad():
+                self.log_ent_coef.copy_(state["log_ent_coef"])
+            self.ent_coef_optimizer.load_state_dict(state["ent_coef_optimizer"])
+        assert self.env is not None
+        if state["last_obs"] is None:
+            self.training_env.np_random.bit_generator.state = state["env_rng"]
+            return True
+        self._last_obs = self.env.reset()
+        self.training_env.np_random.bit_generator.state = state["env_rng"]
+        if state["env_state"] is None:
+            return False
+        self.training_env.set_state(state["env_state"].numpy())
+        self._last_obs = state["last_obs"].numpy()
+        return True
+
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh of a reparameterised Gaussian sample and its log-probability, with SB3's correction: [..., A], [...]."""
+    actions = torch.tanh(mean + log_std.exp() * noise)
+    log_prob = (-0.5 * noise.square() - log_std - LOG_SQRT_2PI).sum(-1)
+    return actions, log_prob - torch.log(1 - actions.square() + SQUASH_EPSILON).sum(-1)
+
+
+class _Distribution(nn.Module):
+    def __init__(self, actor: Actor) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std, _ = self.actor.get_action_dist_params(obs)
+        return mean, log_std
+
+
+class _Critics(nn.Module):
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return torch.cat(self.critic(obs, actions), dim=1).T
+
+
+def _copies(module: nn.Module) -> Params:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def _prefixed(prefix: str, params: Params) -> Params:
+    return {f"{prefix}.{name}": value for name, value in params.items()}
+
+
+class AgentView:
+    """The agent as reward updaters see it: a `pbrl.types.PolicyView` of pure functions."""
+
+    def __init__(self, agent: PreferenceSAC) -> None:
+        self._agent = agent
+        self._distribution = _Distribution(agent.actor)  # type: ignore[arg-type]
+        self._critics = _Critics(agent.critic)
+
+    @property
+    def gamma(self) -> float:
+        return self._agent.gamma
+
+    @property
+    def alpha(self) -> float:
+        log_alpha = self._agent.log_ent_coef
+        return float(self._agent.ent_coef_tensor if log_alpha is None else log_alpha.detach().exp())
+
+    def parameters(self) -> Params:
+        return _copies(self._agent.actor)
+
+    def distribution(self, theta: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(self._distribution, _prefixed("actor", theta), (obs,))
+
+    def log_prob(self, theta: Params, obs: Tensor, raw_actions: Tensor) -> Tensor:
+        mean, log_std = self.distribution(theta, obs)
+        return (-0.5 * ((raw_actions - mean) / log_std.exp()).square() - log_std - LOG_SQRT_2PI).sum(-1)
+
+    def critic_parameters(self) -> Params:
+        return _copies(self._agent.critic)
+
+    def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
+        return functional_call(self._critics, _prefixed("critic", critic), (obs, actions))
+
+    @torch.no_grad()
+    def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
+        mean, log_std = self._distribution(next_obs)
+        actions, log_prob = squash(mean, log_std, noise)
+        return torch.minimum(*self._agent.critic_target(next_obs, actions)).squeeze(1) - self.alpha * log_prob
+
+    def objective(self, theta: Params, obs: Tensor, noise: Tensor) -> Tensor:
+        """SAC's actor objective, maximised: mean over obs of min Q(s, a) − alpha log π_theta(a | s); float32 []."""
+        mean, log_std = self.distribution(theta, obs)
+        actions, log_prob = squash(mean, log_std, noise)
+        return (torch.minimum(*self._agent.critic(obs, actions)).squeeze(1) - self.alpha * log_prob).mean()
+
+
+def make_agent(
+    env: gym.Env,
+    *,
+    seed: int,
+    device: str = "cpu",
+    learning_rate: float = 3e-4,
+    temperature_lr: float = 1e-4,
+    initial_temperature: float = 0.1,
+    net_arch: Sequence[int] = (256, 256),
+    batch_size: int = 256,
+    buffer_size: int = 1_000_000,
+    learning_starts: int = 1000,
+    gamma: float = 0.99,
+    tau: float = 0.005,
+    target_update_interval: int = 2,
+    log_std_range: Sequence[float] | None = None,
+    orthogonal_init: bool = False,
+    hybrid_ratio: float = 0.0,
+    hybrid_steps: int = 10_000,
+) -> PreferenceSAC:
+    """A `PreferenceSAC` on one environment.
+
+    Args:
+        env: float32 vector observations, actions in [−1, 1].
+        seed: of the networks, the action noise, the replay draws and the environment.
+        device: a torch device.
+        learning_rate: of actor and critics; temperature_lr: of the temperature, which starts at initial_temperature.
+        net_arch: hidden widths of actor and critics.
+        batch_size: transitions per update. buffer_size: transitions kept. learning_starts: random steps at the start.
+        gamma: discount. tau: target step, every target_update_interval updates.
+        log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
+        hybrid_ratio, hybrid_steps: see `RelabelReplay`.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+    for name, value, good in (
+        ("learning_rate", learning_rate, learning_rate > 0),
+        ("temperature_lr", temperature_lr, temperature_lr > 0),
+        ("initial_temperature", initial_temperature, initial_temperature > 0),
+        ("batch_size", batch_size, batch_size > 0),
+        ("gamma", gamma, 0 < gamma < 1),
+        ("tau", tau, 0 < tau <= 1),
+        ("target_update_interval", target_update_interval, target_update_interval >= 1),
+        ("hybrid_ratio", hybrid_ratio, 0 <= hybrid_ratio <= 1),
+        ("hybrid_steps", hybrid_steps, hybrid_steps > 0),
+        ("log_std_range", log_std_range, log_std_range is None or log_std_range[0] < log_std_range[1]),
+    ):
+        if not good:
+            raise ValueError(f"agent.{name}={value} is out of range")
+    agent = PreferenceSAC(
+        PreferencePolicy,
+        DummyVecEnv([lambda: env]),
+        temperature_lr=temperature_lr,
+        learning_rate=learning_rate,
+        ent_coef=f"auto_{initial_temperature}",
+        batch_size=batch_size,
+        buffer_size=buffer_size,
+        learning_starts=learning_starts,
+        gamma=gamma,
+        tau=tau,
+        target_update_interval=target_update_interval,
+        replay_buffer_kwargs={"hybrid_ratio": hybrid_ratio, "hybrid_steps": hybrid_steps},
+        policy_kwargs={
+            "net_arch": list(net_arch),
+            "log_std_range": log_std_range,
+            "orthogonal_init": orthogonal_init,
+            "optimizer_kwargs": {"fused": True},
+        },
+        seed=seed,
+        device=device,
+    )
+    agent.set_logger(Logger(folder=None, output_formats=[]))
+    return agent

@@ -1,0 +1,225 @@
+"""From a config to a loop that is ready to run, or a `ConfigError` before any simulation starts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pbrl.asking import AnswerJournal
+from pbrl.checkpoint import write_atomically
+from pbrl.configuration import ConfigError, check_keys, check_resumed
+from pbrl.evaluation import OracleCurve
+from pbrl.loggers import JsonLines, Loggers, Sink
+from pbrl.loop import Evaluation, Feedback, Loop, Parts, Pretraining
+from pbrl.preferences import Preferences
+from pbrl.rollouts import Rollouts
+
+PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
+Made = TypeVar("Made")
+
+
+def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loop:
+    """Check the config, build the parts and the loop; a resumed run (`resume=RUN`) is restored.
+
+    Raises:
+        ConfigError: one line naming the key, its value and what is expected.
+    """
+    check_keys(cfg)
+    resume = None if cfg.resume is None else Path(cfg.resume)
+    if resume is not None:
+        cfg, choices = _stored_config(resume, overrides)
+        check_keys(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} must be given, for example {missing[0]}=…")
+    run_dir = resume or _run_dir(cfg, choices)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    parts_of = _Builder(cfg, choices, run_dir)
+    loop = parts_of.loop()
+    if resume is None:
+        _write_origin(run_dir, cfg, choices)
+    else:
+        _compare_versions(run_dir)
+        loop.load()
+    print(
+        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {choices.get('teacher', '')} · "
+        f"seed {cfg.seed} · {loop.agent.device} with {torch.get_num_threads()} thread(s) · {run_dir}"
+        + (f" · resumed at step {loop.step}" if resume else "")
+    )
+    return loop
+
+
+def _refuse(make: Callable[[], Made]) -> Made:
+    """What `make` returns; what it raises about a value becomes a ConfigError of one line."""
+    try:
+        return make()
+    except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().split("\n")[0]) from error
+    except Exception as error:
+        cause = error.__cause__ or error  # Hydra wraps what a constructor raises
+        if isinstance(cause, ValueError | TypeError | OSError | ImportError):
+            raise ConfigError(str(cause).strip().split("\n")[0]) from error
+        raise
+
+
+class _Builder:
+    """Builds each part from its node of the config."""
+
+    def __init__(self, cfg: DictConfig, choices: dict[str, str], run_dir: Path) -> None:
+        self.cfg, self.choices, self.run_dir = cfg, choices, run_dir
+        if cfg.total_steps < 1 or cfg.segment_length < 1 or cfg.checkpoint_every < 1 or cfg.log_every < 1:
+            raise ConfigError("total_steps, segment_length, checkpoint_every and log_every must be at least 1")
+
+    def make(self, group: str, **passed: Any) -> Any:
+        node = self.cfg[group]
+        return _refuse(lambda: instantiate(node, _convert_="all", **passed))
+
+    def section(self, name: str, kind: Callable[..., Made]) -> Made:
+        values = OmegaConf.to_container(self.cfg[name], resolve=True)
+        return _refuse(lambda: kind(**values))  # type: ignore[arg-type]
+
+    def loop(self) -> Loop:
+        cfg = self.cfg
+        feedback = self.section("feedback", Feedback)
+        evaluation, pretraining = self.section("eval", Evaluation), self.section("pretraining", Pretraining)
+        query, updater, teacher = self.make("query"), self.make("updater"), self.make("teacher")
+        env, eval_env = self.make("env"), self.make("env")
+        self._check_horizon(env, updater)
+        obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
+        agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
+        capacity = min(feedback.memory_steps, cfg.total_steps)
+        if cfg.checkpoint_every > min(capacity, agent.buffer_size) and cfg.total_steps > capacity:
+            raise ConfigError(
+                f"checkpoint_every={cfg.checkpoint_every} is more than the {min(capacity, agent.buffer_size)} steps "
+                "kept (feedback.memory_steps, agent.buffer_size); lower it"
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        parts = Parts(
+            agent=agent,
+            eval_env=eval_env,
+            reward=reward.to(agent.device),
+            rollouts=Rollouts(capacity, obs_dim, act_dim, getattr(env, "state_size", 0)),
+            query=query,
+            teacher=teacher,
+            updater=updater,
+            preferences=self._preferences(),
+            loggers=self._loggers(),
+            journal=AnswerJournal(self.run_dir / "answers.jsonl"),
+        )
+        return Loop(
+            parts=parts,
+            run_dir=self.run_dir,
+            total_steps=cfg.total_steps,
+            segment_length=cfg.segment_length,
+            seed=cfg.seed,
+            feedback=feedback,
+            evaluation=evaluation,
+            pretraining=pretraining,
+            checkpoint_every=cfg.checkpoint_every,
+            log_every=cfg.log_every,
+            oracle=self._oracle(),
+            callback=self._callback(),
+        )
+
+    def _seed(self, part: int) -> int:
+        return int(np.random.SeedSequence((self.cfg.seed, part)).generate_state(1)[0])
+
+    def _device(self) -> str:
+        name = self.cfg.device
+        if name == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(_refuse(lambda: torch.device(name)))
+
+    def _check_horizon(self, env: Any, updater: Any) -> None:
+        horizon = getattr(env, "horizon", None) or getattr(env.spec, "max_episode_steps", None)
+        needed = self.cfg.segment_length + 2 * getattr(updater, "margin", 0)
+        if horizon is not None and needed > horizon:
+            raise ConfigError(f"segment_length={needed} is longer than an episode of {horizon} steps; shorten it")
+
+    def _preferences(self) -> Preferences:
+        about = {"env": self.choices.get("env"), "teacher": self.choices.get("teacher"), "seed": self.cfg.seed}
+        preferences = Preferences(about)
+        if self.cfg.import_preferences is not None:
+            imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences))
+            _refuse(lambda: preferences.extend(imported))
+        return preferences
+
+    def _loggers(self) -> Loggers:
+        remote: list[Sink] = []
+        if self.cfg.logger.get("_target_") is not None:
+            config = OmegaConf.to_container(self.cfg, resolve=True)
+            remote.append(self.make("logger", run_dir=self.run_dir, config=config, choices=self.choices))
+        return Loggers(JsonLines(self.run_dir / "metrics.jsonl"), remote)
+
+    def _oracle(self) -> OracleCurve | None:
+        given = self.cfg.oracle
+        path = Path(given or f"experiments/results/oracle/{self.choices.get('env')}.csv")
+        if given is None and not path.exists():
+            return None
+        return _refuse(lambda: OracleCurve(path))
+
+    def _callback(self) -> Any:
+        from stable_baselines3.common.callbacks import CallbackList
+
+        callbacks = [_refuse(lambda node=node: instantiate(node)) for node in self.cfg.callbacks]
+        return CallbackList(callbacks) if callbacks else None
+
+
+def _run_dir(cfg: DictConfig, choices: dict[str, str]) -> Path:
+    name = f"{choices.get('updater', 'custom')}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(cfg.run_dir or f"runs/{choices.get('env', 'custom')}/{name}")
+    if (run_dir / "config.yaml").exists():
+        raise ConfigError(f"run_dir={run_dir} already holds a run; continue it with resume={run_dir} or name another")
+    return run_dir
+
+
+def _stored_config(run_dir: Path, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"resume={run_dir}: there is no run (no config.yaml in it)")
+    stored = _refuse(lambda: OmegaConf.load(path))
+    choices = stored.pop("choices", {})
+    return check_resumed(stored, overrides), dict(choices)  # type: ignore[arg-type]
+
+
+def versions() -> dict[str, str]:
+    """Python's and the main packages' versions, and the commit of this code where git knows it."""
+    found = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "unknown"
+    return found
+
+
+def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
+    stored = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(stored, dict)
+    write_atomically(run_dir / "command.txt", (" ".join(sys.argv) + "\n").encode())
+    write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=1).encode())
+    config = OmegaConf.create({**stored, "resume": None, "choices": choices})
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config).encode())
+
+
+def _compare_versions(run_dir: Path) -> None:
+    path = run_dir / "versions.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = versions()
+    changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"resuming with other versions, so not bit for bit: {', '.join(changed)}")

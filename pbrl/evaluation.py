@@ -1,0 +1,103 @@
+"""How good is the policy by the task's own reward, and how good is the learned reward? Nothing here trains anything."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from pbrl.agent import PreferenceSAC
+from pbrl.losses import calibration_error, correct
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Answer, Query
+
+
+@torch.no_grad()
+def act(agent: PreferenceSAC, obs: np.ndarray) -> np.ndarray:
+    """The policy's mean action for one observation [obs_dim]: float32 [act_dim], in the environment's units."""
+    mean, _, _ = agent.actor.get_action_dist_params(torch.from_numpy(obs[None]).to(agent.device))
+    return agent.policy.unscale_action(torch.tanh(mean).cpu().numpy())[0]
+
+
+def episode(
+    agent: PreferenceSAC, env: Any, seed: int, states: list[np.ndarray] | None = None
+) -> tuple[float, bool | None]:
+    """One episode of the mean policy: its undiscounted task return, and whether any step was a success.
+
+    Success is None where the task does not define it. `states`, if given, receives the simulator's state at each step.
+    """
+    obs, _ = env.reset(seed=seed)
+    total, success, done = 0.0, None, False
+    while not done:
+        if states is not None:
+            states.append(env.get_state())
+        obs, reward, terminated, truncated, info = env.step(act(agent, obs))
+        total += float(reward)
+        if "success" in info:
+            success = bool(success) or float(info["success"]) > 0
+        done = terminated or truncated
+    return total, success
+
+
+def evaluate(agent: PreferenceSAC, env: Any, episodes: int, seed: int) -> dict[str, float]:
+    """Mean return (task units per episode) and success share over episodes seeded seed, seed + 1, …
+
+    `env` is an environment of its own: training is not disturbed, and every evaluation sees the same episodes.
+    """
+    returns, successes = zip(*(episode(agent, env, seed + i) for i in range(episodes)), strict=True)
+    metrics = {"eval/return": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+    if None not in successes:
+        metrics["eval/success"] = float(np.mean(successes))
+    return metrics
+
+
+class OracleCurve:
+    """The oracle's true return against environment steps, from a CSV with columns env_step, return[, success]."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            self.steps = np.array([float(row["env_step"]) for row in rows])
+            self.returns = np.array([float(row["return"]) for row in rows])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: expected columns env_step and return with numbers ({error})") from error
+        if len(rows) == 0:
+            raise ValueError(f"{path}: no rows")
+
+    def metrics(self, step: int, mean_return: float) -> dict[str, float]:
+        """The oracle's return at this step (interpolated) and the run's return as a share of the oracle's last."""
+        final = float(self.returns[-1])
+        return {
+            "eval/oracle_return": float(np.interp(step, self.steps, self.returns)),
+            "eval/normalized_return": mean_return / final if final else float("nan"),
+        }
+
+
+def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[str, float]:
+    """How well the reward predicts answers it has not been trained on yet: call before they are added.
+
+    Returns:
+        reward/holdout_accuracy (of decided answers), reward/calibration_error (of given answers); NaN without any.
+    """
+    index = answer.given.nonzero().squeeze(1).numpy()
+    logits = reward.preference_logits(query.first[index], query.second[index]).mean(dim=0)
+    labels = answer.prefers_first[answer.given]
+    hits, decided = correct(logits, labels)
+    return {
+        "reward/holdout_accuracy": float(hits / decided) if decided else float("nan"),
+        "reward/calibration_error": calibration_error(logits, labels),
+    }
+
+
+def rank_correlation(reward: RewardEnsemble, query: Query) -> float:
+    """Spearman correlation of learned and true return over the query's segments; NaN if either is constant."""
+    learned = np.concatenate([reward.returns(s).mean(dim=0).numpy() for s in (query.first, query.second)])
+    true = query.task_rewards.sum(dim=2).T.reshape(-1).numpy()
+    if np.ptp(learned) == 0 or not np.ptp(true) > 0:
+        return float("nan")
+    return float(spearmanr(learned, true).statistic)

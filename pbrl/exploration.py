@@ -1,0 +1,78 @@
+"""State-entropy pretraining: before any answer, the agent is paid for visiting what it has not seen (PEBBLE §4.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbrl.replay import RelabelReplay
+
+CHUNK = 4096  # replay observations compared at a time: the block of distances stays in cache
+
+
+def nearest_distances(queries: Tensor, stored: Tensor, k: int) -> Tensor:
+    """Euclidean distance of each query to its (k+1)-th nearest stored observation (itself counts as the first).
+
+    Distances by |a|² + |b|² − 2ab with a partial top-k per chunk; both are centred first, which keeps the digits that
+    large common offsets would eat.
+
+    Args:
+        queries: float32 [B, obs_dim]. stored: float32 [N, obs_dim], N > k.
+        k: neighbours.
+
+    Returns:
+        float32 [B], ≥ 0.
+    """
+    center = queries.mean(dim=0)
+    queries = queries - center
+    best = torch.full((len(queries), k + 1), torch.inf)
+    for chunk in stored.split(CHUNK):
+        chunk = chunk - center
+        squares = torch.addmm(chunk.square().sum(1)[None], queries, chunk.T, alpha=-2)
+        nearest = squares.topk(min(k + 1, len(chunk)), dim=1, largest=False).values
+        best = torch.cat([best, nearest], dim=1).topk(k + 1, dim=1, largest=False).values
+    return (best[:, -1] + queries.square().sum(1)).clamp_min(0).sqrt()
+
+
+class StateEntropy:
+    """Pays each observation its distance to the k-th nearest stored one, divided by the running standard deviation.
+
+    PEBBLE eq. (4) without the logarithm, as in its published code; the running moments are Chan et al.'s exact ones
+    (the published ones have a slip in the mean). Distances are to all observations stored so far.
+
+    Args:
+        replay: where the observations are stored.
+        nearest: k ≥ 1.
+    """
+
+    def __init__(self, replay: RelabelReplay, nearest: int = 5) -> None:
+        self.replay, self.nearest = replay, nearest
+        self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> Tensor:
+        """Bonus of a batch of observations: float32 [B]."""
+        stored = torch.from_numpy(self.replay.observations[: self.replay.size(), 0])
+        if len(stored) <= self.nearest:
+            return torch.zeros(len(obs), device=obs.device)
+        distances = nearest_distances(obs.cpu(), stored, self.nearest)
+        self._count(distances.double())
+        std = (self.squares / self.count) ** 0.5
+        return (distances / std if std > 0 else distances).to(obs.device)
+
+    def _count(self, values: Tensor) -> None:
+        size, mean = len(values), float(values.mean())
+        delta, total = mean - self.mean, self.count + size
+        self.squares += float((values - mean).square().sum()) + delta**2 * self.count * size / total
+        self.mean += delta * size / total
+        self.count = total
+
+    def state(self) -> dict[str, Any]:
+        """The running moments."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

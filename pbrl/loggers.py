@@ -1,0 +1,188 @@
+"""Where numbers go: always a local metrics.jsonl, and as many more sinks as the user names.
+
+A sink has `log(row)`, `video(name, path, env_step)` and `close(summary)`; a row is a flat dict with `env_step`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = Mapping[str, float | int | str | None]
+
+
+class Sink(Protocol):
+    def log(self, row: Row) -> None: ...
+    def video(self, name: str, path: Path, env_step: int) -> None: ...
+    def close(self, summary: Row) -> None: ...
+
+
+def plain(value: Any) -> Any:
+    """A JSON value: numpy and torch scalars become Python's, non-finite floats become None."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JsonLines:
+    """`metrics.jsonl`: one flushed line per row, never rewritten, except that resuming cuts what lies after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def truncate(self, size: int) -> None:
+        """Cut what was written after the first `size` bytes: a resumed run writes it again."""
+        self._file.truncate(size)
+
+    def log(self, row: Row) -> None:
+        self._file.write(json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def video(self, name: str, path: Path, env_step: int) -> None:
+        self.log({"env_step": env_step, name: str(path)})
+
+    def close(self, summary: Row) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files in RUN/tensorboard (needs `pip install pbrl[tensorboard]`)."""
+
+    def __init__(self, run_dir: Path, **_: Any) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("logger=tensorboard needs the tensorboard package: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, row: Row) -> None:
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "env_step":
+                self._writer.add_scalar(key, value, int(row["env_step"] or 0))
+
+    def video(self, name: str, path: Path, env_step: int) -> None:
+        self._writer.add_text(name, str(path), env_step)
+
+    def close(self, summary: Row) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases: online when logged in, otherwise offline with one line that says so; never prompts or blocks.
+
+    Groups runs by env/updater/teacher; `env_step` is the x-axis of everything. An offline run that is resumed goes on
+    in a new offline folder of the same id (W&B cannot append to one); metrics.jsonl stays whole.
+
+    Args:
+        run_dir: W&B's files go to RUN/wandb. config: the run's config, plain. choices: env, updater, teacher, … names.
+        project, entity: as in W&B. mode: auto, online, offline or disabled (WANDB_MODE wins over auto).
+        tags: beside env, updater, teacher and seed. artifacts: upload the last checkpoint at the end.
+        init_timeout: seconds to wait for the server before going offline.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        choices: dict[str, str],
+        project: str = "pbrl",
+        entity: str | None = None,
+        mode: str = "auto",
+        tags: list[str] | None = None,
+        artifacts: bool = False,
+        init_timeout: float = 30,
+    ) -> None:
+        if mode not in ("auto", "online", "offline", "disabled"):
+            raise ValueError(f"logger.mode={mode}; expected auto, online, offline or disabled")
+        import wandb
+
+        self._wandb, self._run_dir, self._artifacts = wandb, run_dir, artifacts
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        names = [choices.get(key, "custom") for key in ("env", "updater", "teacher")]
+        options: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "dir": str(run_dir),
+            "id": id_file.read_text().strip(),
+            "resume": "allow",
+            "group": "/".join(names),
+            "job_type": "train",
+            "name": f"{names[0]}-{names[1]}-s{config.get('seed')}",
+            "tags": [tag[:64] for tag in [*names, f"seed:{config.get('seed')}", *(tags or [])]],
+            "config": config,
+        }
+        mode = self._mode(mode)
+        try:
+            self._run = self._start(options, mode, init_timeout)
+        except wandb.errors.CommError:
+            self._run = self._start(options, "offline", init_timeout)
+        if self._run.offline:
+            print(f"W&B is offline; the run is kept in {run_dir / 'wandb'} (upload it with `wandb sync`)")
+        self._run.define_metric("env_step")
+        self._run.define_metric("*", step_metric="env_step")
+
+    def _mode(self, mode: str) -> str:
+        if mode != "auto":
+            return mode
+        if "WANDB_MODE" in os.environ:
+            return os.environ["WANDB_MODE"]
+        return "online" if self._wandb.login(prompt=False, verify=False) else "offline"
+
+    def _start(self, options: dict[str, Any], mode: str, timeout: float) -> Any:
+        if mode == "offline":
+            options = {key: value for key, value in options.items() if key != "resume"}
+        settings = self._wandb.Settings(init_timeout=timeout, silent=True, console="off")
+        return self._wandb.init(**options, mode=mode, settings=settings)
+
+    def log(self, row: Row) -> None:
+        self._run.log({key: plain(value) for key, value in row.items() if value is not None})
+
+    def video(self, name: str, path: Path, env_step: int) -> None:
+        self._run.log({name: self._wandb.Video(str(path), format="mp4"), "env_step": env_step})
+
+    def close(self, summary: Row) -> None:
+        self._run.summary.update({key: plain(value) for key, value in summary.items()})
+        if self._artifacts:
+            checkpoints = sorted((self._run_dir / "checkpoints").glob("step_*"))
+            artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint")
+            artifact.add_dir(str(checkpoints[-1]))
+            self._run.log_artifact(artifact)
+        self._run.finish()
+
+
+class Loggers:
+    """All sinks of a run. A remote sink that fails is dropped with one line; the local log goes on."""
+
+    def __init__(self, local: JsonLines, remote: list[Sink]) -> None:
+        self.local, self._remote = local, remote
+
+    def _each(self, action: str, *args: Any) -> None:
+        for sink in list(self._remote):
+            try:
+                getattr(sink, action)(*args)
+            except Exception as error:  # whatever a remote service throws must not stop a run
+                self._remote.remove(sink)
+                print(f"logging to {type(sink).__name__} stopped ({error}); metrics.jsonl goes on")
+
+    def log(self, row: Row) -> None:
+        self.local.log(row)
+        self._each("log", row)
+
+    def video(self, name: str, path: Path, env_step: int) -> None:
+        self.local.video(name, path, env_step)
+        self._each("video", name, path, env_step)
+
+    def close(self, summary: Row) -> None:
+        self.local.close(summary)
+        self._each("close", summary)

@@ -1,0 +1,471 @@
+"""The whole algorithm.
+
+    act ─► rollouts ─► query ─► teacher ─► preferences ─► updater ─► reward ─► relabel ─► act …
+
+with pretraining before the first question, an evaluation now and then, and a checkpoint at every moment at which the
+run could be stopped: between two steps, and while the teacher thinks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+from pbrl.agent import PreferenceSAC
+from pbrl.asking import AnswerJournal, TeacherError, ask
+from pbrl.checkpoint import StepLog, load_latest, save_checkpoint, write_atomically
+from pbrl.evaluation import OracleCurve, evaluate, rank_correlation, reward_health
+from pbrl.exploration import StateEntropy
+from pbrl.loggers import Loggers, plain
+from pbrl.preferences import Preferences
+from pbrl.queries import Choose, QueryRule, Uniform
+from pbrl.reward import RewardEnsemble
+from pbrl.rollouts import Rollouts
+from pbrl.session import AgentSession
+from pbrl.types import Answer, Query, RewardUpdater, Teacher
+from pbrl.wire import pack_query, unpack_query
+
+CHUNK = 100  # environment steps between two looks at the progress bar
+HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has been saved; resuming continues it."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """When and how much the teacher is asked.
+
+    Args:
+        budget: pairs put to the teacher in all, skipped ones included.
+        per_session: pairs per session, before the schedule changes it.
+        every: environment steps between sessions.
+        start: environment step of the first session; null: when pretraining ends.
+        schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
+        fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
+            as the session's segments have.
+        catch_up: do the gradient steps that were left out during fresh steps after the reward update.
+        memory_steps: recent environment steps kept for questions.
+    """
+
+    budget: int = 1000
+    per_session: int = 10
+    every: int = 5000
+    start: int | None = None
+    schedule: str = "constant"
+    fresh_steps: int | None = None
+    catch_up: bool = True
+    memory_steps: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "per_session", "every", "memory_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"feedback.{name}={getattr(self, name)}; expected at least 1")
+        if self.budget < self.per_session:
+            raise ValueError(
+                f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
+                "raise the one or lower the other"
+            )
+        if self.schedule not in ("constant", "decay", "increase"):
+            raise ValueError(f"feedback.schedule={self.schedule}; expected constant, decay or increase")
+        if self.fresh_steps is not None and self.fresh_steps < 0:
+            raise ValueError(f"feedback.fresh_steps={self.fresh_steps}; expected at least 0, or null")
+
+    def count(self, step: int, total_steps: int, asked: int) -> int:
+        """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""
+        share = {
+            "constant": 1.0,
+            "decay": (total_steps - step) / total_steps,
+            "increase": total_steps / (total_steps - step + 1),
+        }[self.schedule]
+        return min(max(int(self.per_session * share), 1), self.budget - asked)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """True returns of the mean policy. every: environment steps; episodes: per evaluation; seed: of the first one."""
+
+    every: int = 10_000
+    episodes: int = 10
+    seed: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("every", "episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name}={getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """State-entropy pretraining after the random steps (PEBBLE §4.1).
+
+    Args:
+        steps: environment steps; 0: none. nearest: k of the k-nearest-neighbour bonus.
+        reset_critic: new critics when it ends. updates: gradient steps at once on the first learned reward.
+    """
+
+    steps: int = 9000
+    nearest: int = 5
+    reset_critic: bool = True
+    updates: int = 100
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.nearest < 1 or self.updates < 0:
+            raise ValueError(f"{self}: expected steps ≥ 0, nearest ≥ 1, updates ≥ 0")
+
+
+@dataclass
+class Parts:
+    """What the loop is made of; `pbrl.train` builds them from the config."""
+
+    agent: PreferenceSAC
+    eval_env: Any
+    reward: RewardEnsemble
+    rollouts: Rollouts
+    query: Any  # a pbrl.queries.QueryRule that is also a Choose
+    teacher: Teacher
+    updater: RewardUpdater
+    preferences: Preferences
+    loggers: Loggers
+    journal: AnswerJournal
+
+
+@dataclass
+class Due:
+    """The next environment step at which each thing happens."""
+
+    feedback: int
+    checkpoint: int
+    log: int
+    eval: int = 0
+
+
+@dataclass
+class Loop:
+    """One run. Everything that changes while it runs is restored by `load`; `seed` decides all the rest."""
+
+    parts: Parts
+    run_dir: Path
+    total_steps: int
+    segment_length: int
+    seed: int
+    feedback: Feedback
+    evaluation: Evaluation
+    pretraining: Pretraining
+    checkpoint_every: int
+    log_every: int = 1000
+    oracle: OracleCurve | None = None
+    callback: BaseCallback | None = None
+    stop: Callable[[], bool] = lambda: False
+    on_asking: Callable[[bool], None] = lambda asking: None
+
+    pending: Query | None = field(default=None, init=False)  # selected, not yet answered
+    sessions: int = field(default=0, init=False)
+    pretrained: bool = field(default=False, init=False)
+    last: dict[str, Any] = field(default_factory=dict, init=False)  # latest value of each metric
+    seconds_before: float = field(default=0.0, init=False)  # of wall time before the last resume
+
+    def __post_init__(self) -> None:
+        agent, parts = self.agent, self.parts
+        agent.rollouts = parts.rollouts
+        *seeds, critic_seed = np.random.SeedSequence((self.seed, 1)).spawn(4)
+        self.query_rng, updater_rng, self.health_rng = (np.random.default_rng(seed) for seed in seeds)
+        self.critic_seed = int(critic_seed.generate_state(1)[0])
+        self.session = AgentSession(agent, updater_rng)
+        self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest)
+        self.asks = parts.updater.pairs != "none"
+        pretraining_ends = agent.learning_starts + self.pretraining.steps
+        start = pretraining_ends if self.feedback.start is None else self.feedback.start
+        self.due = Due(feedback=start, checkpoint=self.checkpoint_every, log=self.log_every)
+        self.step_logs = [
+            StepLog(self.run_dir / "steps", "replay", [agent.replay_buffer.rows]),
+            StepLog(self.run_dir / "steps", "rollouts", parts.rollouts.columns),
+        ]
+        self.started = time.monotonic()
+
+    @property
+    def agent(self) -> PreferenceSAC:
+        return self.parts.agent
+
+    @property
+    def step(self) -> int:
+        """Environment steps taken so far."""
+        return self.agent.num_timesteps
+
+    # ------------------------------------------------------------------------------------------------ the algorithm
+
+    def run(self) -> dict[str, Any]:
+        """From where it stands to the end. Returns the summary.
+
+        Raises:
+            Stopped: if it was asked to stop, after saving. TeacherError: if the teacher failed, after saving.
+        """
+        with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
+            while True:
+                self._choose_pay()
+                if self.step >= self.due.eval:
+                    self._evaluate()
+                if self.step >= self.total_steps:
+                    self._log_training()
+                    break
+                if self.asks and self.step >= self.due.feedback:
+                    self._feedback_session()
+                if self.step >= self.due.log:
+                    self._log_training()
+                if self.step >= self.due.checkpoint:
+                    self.due.checkpoint = self.step + self.checkpoint_every
+                    self.save()
+                self._act()
+        self.save()
+        return self.summary(complete=True)
+
+    def _choose_pay(self) -> None:
+        """What the agent is paid now: the task (oracle), novelty (pretraining), or the learned reward."""
+        agent = self.agent
+        if not self.asks:
+            return
+        agent.reward_fn = self._pay
+        agent.batch_reward = self.entropy if not self.pretrained else None
+
+    def _pay(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return self.parts.reward.predict(obs, actions).mean(axis=0)
+
+    def _act(self) -> None:
+        until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps)
+        if self.asks:
+            until = min(until, self.due.feedback)
+        while self.step < until and not self.stop():
+            self.agent.collect(min(CHUNK, until - self.step), callback=self.callback, stop=self.stop)
+            self.bar.n = self.step
+            self.bar.update(0)
+        if self.stop():
+            self.save()
+            raise Stopped
+
+    def _feedback_session(self) -> None:
+        """Select pairs, ask, learn from the answers, pay the replay anew."""
+        parts = self.parts
+        if self.pending is None:
+            self.pending = self._select()
+        answer = self._ask(self.pending)
+        metrics = reward_health(parts.reward, self.pending, answer)
+        parts.preferences.add(self.pending, answer, self.sessions)
+        self.pending = None
+        self.sessions += 1
+        if len(parts.preferences):
+            metrics |= parts.updater.update(parts.reward, parts.preferences, self.session)
+            self.agent.replay_buffer.relabel(self._pay)
+        self._after_update()
+        metrics |= self._feedback_metrics()
+        spent = parts.preferences.asked >= self.feedback.budget
+        self.due.feedback = self.total_steps + 1 if spent else self.step + self.feedback.every
+        self._log(metrics)
+
+    def _select(self) -> Query:
+        """This session's questions; updaters that want fresh pairs get the present policy rolled out first."""
+        parts, session = self.parts, self.session
+        count = self.feedback.count(self.step, self.total_steps, parts.preferences.asked)
+        horizon, margin = self.segment_length, getattr(parts.updater, "margin", 0)
+        session.fresh_from = session.fresh_to = parts.rollouts.total
+        if parts.updater.pairs == "fresh":
+            steps = self.feedback.fresh_steps
+            session.collect_fresh(2 * count * horizon if steps is None else steps)
+        rule: QueryRule = parts.query if self.sessions else Uniform()  # first session: the reward knows nothing yet
+        branched = round(getattr(parts.query, "branch_share", 0.0) * count)
+        questions = []
+        if count > branched:
+            since = session.fresh_from if parts.updater.pairs == "fresh" else self._recent(parts.query)
+            candidates = parts.rollouts.query((count - branched) * rule.pool, horizon, self.query_rng, since, margin)
+            choose: Choose = rule  # type: ignore[assignment]
+            chosen = choose(candidates, count - branched, parts.reward, parts.preferences, self.query_rng)
+            questions.append(candidates[chosen])
+        if branched:
+            questions.append(session.branch_query(branched, horizon, self.query_rng, margin))
+        return Query.cat(questions)
+
+    def _recent(self, rule: QueryRule) -> int:
+        return 0 if rule.recent_episodes is None else self.parts.rollouts.since_episodes(rule.recent_episodes)
+
+    def _ask(self, query: Query) -> Answer:
+        self.on_asking(True)
+        try:
+            return ask(self.parts.teacher, query, self.parts.journal)
+        except (TeacherError, KeyboardInterrupt) as error:
+            self.save()  # the questions are part of it: they will be asked again
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped from error
+            raise
+        finally:
+            self.on_asking(False)
+
+    def _after_update(self) -> None:
+        """The agent's answer to a new reward: a fresh start after pretraining, and the updates that fresh steps owe."""
+        if not self.pretrained:
+            self.pretrained = True
+            if self.pretraining.steps and self.pretraining.reset_critic:
+                self.agent.reset_critic(self.critic_seed)
+            self._choose_pay()
+            self.agent.train(self.pretraining.updates, self.agent.batch_size)
+        owed = self.session.fresh_to - self.session.fresh_from
+        if owed and self.feedback.catch_up:
+            self.agent.train(owed, self.agent.batch_size)
+
+    def _evaluate(self) -> None:
+        following = self.step + self.evaluation.every
+        self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
+        metrics = evaluate(self.agent, self.parts.eval_env, self.evaluation.episodes, self.evaluation.seed)
+        if self.oracle is not None:
+            metrics |= self.oracle.metrics(self.step, metrics["eval/return"])
+        self._log(metrics)
+
+    # ------------------------------------------------------------------------------------------------ numbers
+
+    def _feedback_metrics(self) -> dict[str, float]:
+        parts = self.parts
+        counts = parts.preferences.counts
+        metrics = {
+            "feedback/session": self.sessions,
+            "feedback/asked": counts["asked"],
+            "feedback/labels": counts["given"],
+            "feedback/skipped": counts["skipped"],
+            "feedback/equal": counts["equal"],
+            "feedback/stored_pairs": len(parts.preferences),
+        }
+        since = max(self.step - self.feedback.every, 0)
+        recent = parts.rollouts.total - (self.step - since)
+        if len(parts.rollouts.starts(self.segment_length, max(recent, 0))):
+            fresh = parts.rollouts.query(HEALTH_PAIRS, self.segment_length, self.health_rng, max(recent, 0))
+            metrics["reward/rank_correlation"] = rank_correlation(parts.reward, fresh)
+        if hasattr(parts.teacher, "metrics"):
+            metrics |= parts.teacher.metrics()
+        return metrics
+
+    def _log_training(self) -> None:
+        self.due.log = self.step + self.log_every
+        metrics = self.agent.metrics()
+        if self.parts.rollouts.finished:
+            metrics["rollout/return"] = float(np.mean([total for total, _ in self.parts.rollouts.finished]))
+        self._log(metrics)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        seconds = self.seconds_before + time.monotonic() - self.started
+        row = {"env_step": self.step, **metrics, "time/wall": seconds, "time/steps_per_second": self.step / seconds}
+        self.parts.loggers.log(row)
+        self.last |= {key: plain(value) for key, value in row.items()}
+        labels = f"{self.parts.preferences.asked}/{self.feedback.budget}" if self.asks else "none"
+        self.bar.set_postfix({"return": _short(self.last.get("eval/return")), "labels": labels}, refresh=False)
+        if "eval/return" in metrics or "feedback/session" in metrics:
+            self.bar.write(f"step {self.step:>8}  " + "  ".join(self._console(metrics, labels)))
+
+    def _console(self, metrics: dict[str, Any], labels: str) -> list[str]:
+        if "eval/return" in metrics:
+            success = f"success {metrics['eval/success']:.0%}" if "eval/success" in metrics else ""
+            return [f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}", success]
+        shown = {
+            "held-out accuracy": "reward/holdout_accuracy",
+            "training accuracy": "reward/accuracy",
+            "rank correlation": "reward/rank_correlation",
+            "teacher's error": "teacher/error_rate",
+            "skip": "teacher/skip_rate",
+            "tie": "teacher/equal_rate",
+        }
+        values = [f"{name} {_short(metrics[key])}" for name, key in shown.items() if metrics.get(key) is not None]
+        return [f"session {self.sessions}  labels {labels}", *values]
+
+    def summary(self, complete: bool) -> dict[str, Any]:
+        """Latest value of each metric, and whether the run reached its end."""
+        return {"complete": complete, "total_steps": self.total_steps, **self.last}
+
+    def close(self, complete: bool) -> None:
+        """Write summary.json, close logs and simulators."""
+        summary = self.summary(complete)
+        write_atomically(self.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        self.parts.loggers.close(summary)
+        self.agent.training_env.close()
+        self.parts.eval_env.close()
+
+    # ------------------------------------------------------------------------------------------------ exact resume
+
+    def save(self) -> None:
+        """Write a checkpoint from which `load` continues bit for bit."""
+        parts, agent = self.parts, self.agent
+        replay = agent.replay_buffer
+        run = {
+            "step": self.step,
+            "due": vars(self.due),
+            "sessions": self.sessions,
+            "pretrained": self.pretrained,
+            "last": self.last,
+            "rollouts": parts.rollouts.state(),
+            "entropy": self.entropy.state(),
+            "fresh": [self.session.fresh_from, self.session.fresh_to],
+            "rngs": [rng.bit_generator.state for rng in self._rngs()],
+            "teacher": parts.teacher.state_dict() if hasattr(parts.teacher, "state_dict") else None,
+            "journal": parts.journal.position,
+            "metrics_bytes": parts.loggers.local.position,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "replay": [replay.pos, replay.full],
+        }
+        state = {"agent": agent.state(), "reward": parts.reward.state()}
+        if hasattr(parts.updater, "state_dict"):
+            state["updater"] = parts.updater.state_dict()
+        arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
+        arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
+        arrays |= {f"pending/{key}": value for key, value in pack_query(self.pending).items()}
+        total = parts.rollouts.total
+        save_checkpoint(self.run_dir, self.step, run, state, arrays, [(log, total) for log in self.step_logs])
+        if len(parts.preferences):
+            parts.preferences.save(self.run_dir / "preferences.npz")
+
+    def load(self) -> None:
+        """Restore the newest usable checkpoint of `run_dir` (see pbrl.checkpoint).
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        parts, agent = self.parts, self.agent
+        loaded = load_latest(self.run_dir, self.step_logs)
+        run, replay = loaded.run, agent.replay_buffer
+        parts.rollouts.load_state(run["rollouts"])
+        if not agent.load_state(loaded.state["agent"]):
+            parts.rollouts.interrupt()
+            print("this simulator cannot restore its state: its episode starts anew")
+        replay.pos, replay.full = run["replay"]
+        replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
+        parts.reward.load_state(loaded.state["reward"])
+        if hasattr(parts.updater, "load_state_dict"):
+            parts.updater.load_state_dict(loaded.state["updater"])
+        parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
+        self.pending = unpack_query(_part(loaded.arrays, "pending/"))
+        self.due, self.sessions, self.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
+        self.last, self.seconds_before = run["last"], run["seconds"]
+        self.entropy.load_state(run["entropy"])
+        self.session.fresh_from, self.session.fresh_to = run["fresh"]
+        for rng, rng_state in zip(self._rngs(), run["rngs"], strict=True):
+            rng.bit_generator.state = rng_state
+        if run["teacher"] is not None and hasattr(parts.teacher, "load_state_dict"):
+            parts.teacher.load_state_dict(run["teacher"])
+        parts.journal.position = run["journal"]
+        parts.loggers.local.truncate(run["metrics_bytes"])
+        self.started = time.monotonic()
+
+    def _rngs(self) -> list[np.random.Generator]:
+        return [self.query_rng, self.session.rng, self.health_rng]
+
+
+def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"

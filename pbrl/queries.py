@@ -1,0 +1,179 @@
+"""Which pairs to ask about. A rule sees candidate pairs and picks the most useful ones (B-Pref §4; REFERENCE 2.4).
+
+Every rule is symmetric: swapping the two segments of a pair changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Query, Segments
+
+if TYPE_CHECKING:
+    from pbrl.preferences import Preferences
+
+
+class Choose(Protocol):
+    """Picks `count` of the candidates: their indices, int64 [count]."""
+
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray: ...
+
+
+@dataclass
+class QueryRule:
+    """What every rule has in common.
+
+    Args:
+        pool: candidates drawn per question (B-Pref's large_batch).
+        recent_episodes: draw only from that many last episodes (QPA's policy-aligned queries); null: all kept ones.
+        branch_share: share of the questions that are branch pairs, two continuations by the present policy from one
+            stored simulator state; their steps count as environment steps.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    pool: int = 10
+    recent_episodes: int | None = None
+    branch_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(f"query.pool={self.pool}; expected at least 1 candidate per question")
+        if self.recent_episodes is not None and self.recent_episodes < 1:
+            raise ValueError(f"query.recent_episodes={self.recent_episodes}; expected at least 1, or null for all")
+        if not 0 <= self.branch_share <= 1:
+            raise ValueError(f"query.branch_share={self.branch_share}; expected a share in [0, 1]")
+
+
+@dataclass
+class Uniform(QueryRule):
+    """Random pairs. Also what every run asks first, before the reward knows anything."""
+
+    pool: int = 1
+
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray:
+        return np.arange(count)
+
+
+def disagreement(candidates: Query, reward: RewardEnsemble) -> Tensor:
+    """Standard deviation over the members of P(first preferred), float32 [C]."""
+    return torch.sigmoid(reward.preference_logits(candidates.first, candidates.second)).std(dim=0, unbiased=False)
+
+
+def entropy(candidates: Query, reward: RewardEnsemble) -> Tensor:
+    """Entropy in nats of each member's predicted answer, averaged over members, float32 [C]."""
+    logits = reward.preference_logits(candidates.first, candidates.second)
+    p = torch.sigmoid(logits)
+    log_p, log_not_p = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    return -(p * log_p + (1 - p) * log_not_p).mean(dim=0)
+
+
+SCORES = {"disagreement": disagreement, "entropy": entropy}
+
+
+def _best(score: Tensor, count: int) -> np.ndarray:
+    return torch.argsort(score, descending=True, stable=True)[:count].numpy()
+
+
+@dataclass
+class Score(QueryRule):
+    """The candidates with the highest score: `disagreement` of the ensemble or `entropy` of its answers."""
+
+    score: str = "disagreement"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(f"query.score={self.score}; expected one of {', '.join(SCORES)}")
+
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray:
+        return _best(SCORES[self.score](candidates, reward), count)
+
+
+def pair_features(first: Segments, second: Segments) -> tuple[np.ndarray, np.ndarray]:
+    """A pair as a point: its observations' sum and difference, float32 [N, H·obs_dim] each.
+
+    Swapping the pair flips the sign of the difference only, so the distance between two pairs, minimised over their
+    orders, is ‖sum − sum'‖² + min(‖diff − diff'‖², ‖diff + diff'‖²), up to the factor 2 of the concatenation.
+    """
+    a, b = first.obs.flatten(1).numpy(), second.obs.flatten(1).numpy()
+    return a + b, a - b
+
+
+def k_center(
+    candidates: tuple[np.ndarray, np.ndarray], chosen: tuple[np.ndarray, np.ndarray], count: int
+) -> np.ndarray:
+    """Greedy farthest-first: again and again the candidate farthest from everything chosen or labelled so far.
+
+    Each pick updates the distances to the new centre only: O(C·n + count·C) distances in all.
+
+    Args:
+        candidates, chosen: `pair_features` of the C candidates and of the n pairs asked before.
+        count: how many to pick, ≤ C.
+
+    Returns:
+        int64 [count]; with nothing asked before, the first pick is the candidate farthest from the mean.
+    """
+    total, difference = candidates
+    center = total.mean(axis=0, keepdims=True)
+
+    def squares(x: np.ndarray) -> np.ndarray:
+        return np.einsum("ij,ij->i", x, x)
+
+    total = total - center  # smaller numbers: the expanded square loses fewer digits
+    total_norm, difference_norm = squares(total), squares(difference)
+
+    def distances(other_total: np.ndarray, other_difference: np.ndarray) -> np.ndarray:
+        cross = np.abs(difference @ other_difference.T)  # |·|: the nearer of the two orders
+        norms = (total_norm + difference_norm)[:, None] + (squares(other_total) + squares(other_difference))[None]
+        return norms - 2 * (total @ other_total.T) - 2 * cross
+
+    known = len(chosen[0]) > 0
+    nearest = distances(chosen[0] - center, chosen[1]).min(axis=1) if known else total_norm + difference_norm
+    picks = np.empty(count, np.int64)
+    for i in range(count):
+        picks[i] = best = int(np.argmax(nearest))
+        new = distances(total[best : best + 1], difference[best : best + 1])[:, 0]
+        nearest = np.minimum(nearest, new) if i or known else new
+        nearest[best] = -np.inf
+    return picks
+
+
+@dataclass
+class KCenter(QueryRule):
+    """Pairs that cover the candidates: farthest-first in observation space (REFERENCE 2.4, feed types 3–5).
+
+    Args:
+        score: null, or first keep the better half of the candidates by `disagreement` or `entropy`.
+    """
+
+    score: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score is not None and self.score not in SCORES:
+            raise ValueError(f"query.score={self.score}; expected null or one of {', '.join(SCORES)}")
+
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray:
+        kept = np.arange(len(candidates))
+        if self.score is not None:
+            kept = _best(SCORES[self.score](candidates, reward), max(count, len(candidates) // 2))
+        pool = candidates[kept]
+        features = pair_features(pool.first, pool.second)
+        known = pair_features(asked.first, asked.second) if len(asked) else (features[0][:0], features[1][:0])
+        return kept[k_center(features, known, count)]

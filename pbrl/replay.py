@@ -1,0 +1,90 @@
+"""SB3's replay buffer, with rewards that can be relabelled in place and each transition packed into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from torch import Tensor
+
+RewardFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # obs [N, ·], actions [N, ·] -> float32 [N]
+BLOCK = 65_536  # rows relabelled at a time
+
+
+class Batch(NamedTuple):
+    """Transitions as tensors, float32 [B, ·] each; `not_done` is 0 only at true terminations, never at time limits."""
+
+    obs: Tensor
+    actions: Tensor
+    next_obs: Tensor
+    rewards: Tensor  # [B]
+    not_done: Tensor  # [B]
+
+
+class RelabelReplay(ReplayBuffer):
+    """A `ReplayBuffer` of one environment whose fields are views into one packed float32 array.
+
+    A batch is one gather instead of five. Memory: 4·(2·obs_dim + act_dim + 3) bytes a transition.
+
+    Args:
+        hybrid_ratio: share of each batch drawn from the last `hybrid_steps` transitions (QPA's hybrid replay); 0: off.
+        hybrid_steps: environment steps that count as recent.
+
+    Raises:
+        ValueError: for more than one environment, or observations that are not float32 vectors.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: torch.device | str = "auto",
+        n_envs: int = 1,
+        hybrid_ratio: float = 0.0,
+        hybrid_steps: int = 10_000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs, **kwargs)
+        if n_envs != 1:
+            raise ValueError(f"the replay holds one environment's steps; got n_envs={n_envs}. Run seeds as processes")
+        if self.observations.ndim != 3 or self.observations.dtype != np.float32:
+            raise ValueError(f"observations must be float32 vectors; the space is {observation_space}")
+        self.hybrid_ratio, self.hybrid_steps = hybrid_ratio, hybrid_steps
+        obs_dim, act_dim = self.obs_shape[0], self.action_dim
+        ends = np.cumsum([obs_dim, act_dim, obs_dim, 1, 1, 1])
+        self.rows = np.zeros((self.buffer_size, int(ends[-1])), np.float32)
+        obs, action, next_obs, self._reward, self._done, self._timeout = (
+            slice(int(end - size), int(end))
+            for end, size in zip(ends, [obs_dim, act_dim, obs_dim, 1, 1, 1], strict=True)
+        )
+        self.observations = self.rows[:, None, obs]
+        self.actions = self.rows[:, None, action]
+        self.next_observations = self.rows[:, None, next_obs]
+        self.rewards = self.rows[:, self._reward]
+        self.dones = self.rows[:, self._done]
+        self.timeouts = self.rows[:, self._timeout]
+        self._split = [obs_dim, act_dim, obs_dim, 1, 1, 1]
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """`batch_size` uniformly drawn transitions (a share of them recent ones, if `hybrid_ratio` says so)."""
+        size = self.size()
+        index = rng.integers(size, size=batch_size)
+        recent = round(self.hybrid_ratio * batch_size)
+        if recent:
+            back = rng.integers(min(size, self.hybrid_steps), size=recent)
+            index[:recent] = (self.pos - 1 - back) % self.buffer_size
+        rows = torch.from_numpy(self.rows[index]).to(self.device, non_blocking=True)
+        obs, actions, next_obs, rewards, done, timeout = rows.split(self._split, dim=1)
+        return Batch(obs, actions, next_obs, rewards.squeeze(1), (1 - done * (1 - timeout)).squeeze(1))
+
+    def relabel(self, reward: RewardFunction) -> None:
+        """Pay every stored transition by `reward`, in place."""
+        for start in range(0, self.size(), BLOCK):
+            rows = slice(start, min(start + BLOCK, self.size()))
+            obs = np.ascontiguousarray(self.observations[rows, 0])
+            self.rewards[rows, 0] = reward(obs, np.ascontiguousarray(self.actions[rows, 0]))

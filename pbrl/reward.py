@@ -1,0 +1,181 @@
+"""The learned reward: an ensemble of small networks r_phi(s, a), trained together by one optimiser (PEBBLE, B-Pref)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pbrl.types import Segments
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
+BLOCK = 2048  # rows of one forward pass without gradients: activations stay in the second-level cache
+
+
+class RewardEnsemble(nn.Module):
+    """M independent reward networks over the concatenated observation and action.
+
+    Args:
+        obs_dim, act_dim: sizes of one observation and one action.
+        members: M ≥ 1.
+        hidden: widths of the hidden layers.
+        activation: one of leaky_relu, relu, silu, tanh. Smooth ones (silu, tanh) where a mixed second derivative is
+            taken pathwise: kinks make it wrong.
+        output: tanh (rewards in (−1, 1), as published), sigmoid or linear.
+        learning_rate: of the one Adam over all members.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: for fewer than one member or an unknown activation or output.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        members: int = 3,
+        hidden: Sequence[int] = (256, 256, 256),
+        activation: str = "leaky_relu",
+        output: str = "tanh",
+        learning_rate: float = 3e-4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if members < 1:
+            raise ValueError(f"reward.members={members}; expected at least 1")
+        for name, value, known in (("activation", activation, ACTIVATIONS), ("output", output, OUTPUTS)):
+            if value not in known:
+                raise ValueError(f"reward.{name}={value}; expected one of {', '.join(known)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.members = nn.ModuleList(
+                self._build(obs_dim + act_dim, hidden, ACTIVATIONS[activation], OUTPUTS[output]) for _ in range(members)
+            )
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+
+    @staticmethod
+    def _build(
+        size: int, hidden: Sequence[int], activation: Callable[[], nn.Module], output: Callable[[], nn.Module]
+    ) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(size, width), activation()]
+            size = width
+        return nn.Sequential(*layers, nn.Linear(size, 1), output())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def member(self, index: int, obs: Tensor, actions: Tensor) -> Tensor:
+        """Rewards by one member: float32 [...] for obs [..., obs_dim] and actions [..., act_dim]."""
+        return self.members[index](torch.cat([obs, actions], dim=-1)).squeeze(-1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Rewards by every member: float32 [M, ...]."""
+        return torch.stack([self.member(m, obs, actions) for m in range(len(self.members))])
+
+    def mean(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """The ensemble's reward, float32 [...]: what the agent is paid."""
+        return self.forward(obs, actions).mean(dim=0)
+
+    @torch.no_grad()
+    def predict(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Every member's reward for many rows, in cache-sized blocks: float32 [M, N] for obs [N, ·], actions [N, ·]."""
+        rewards = np.empty((len(self.members), len(obs)), np.float32)
+        for start in range(0, len(obs), BLOCK):
+            rows = slice(start, start + BLOCK)
+            block = self(torch.from_numpy(obs[rows]).to(self.device), torch.from_numpy(actions[rows]).to(self.device))
+            rewards[:, rows] = block.cpu().numpy()
+        return rewards
+
+    @torch.no_grad()
+    def returns(self, segments: Segments) -> Tensor:
+        """Undiscounted learned return of each segment by each member: float32 [M, B]."""
+        size, horizon, _ = segments.obs.shape
+        rewards = self.predict(
+            segments.obs.reshape(size * horizon, -1).numpy(), segments.actions.reshape(size * horizon, -1).numpy()
+        )
+        return torch.from_numpy(rewards).reshape(-1, size, horizon).sum(dim=2)
+
+    def preference_logits(self, first: Segments, second: Segments) -> Tensor:
+        """Each member's log-odds that first is preferred, float32 [M, B], without gradients."""
+        return self.returns(first) - self.returns(second)
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimiser, for a checkpoint."""
+        return {"weights": self.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class MemberLoss(Protocol):
+    """Loss of one member on the preference pairs at `index`: (loss [], right answers [], decided labels [])."""
+
+    def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def train_epochs(
+    reward: RewardEnsemble,
+    loss: MemberLoss,
+    size: int,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    stop_accuracy: float,
+    rng: np.random.Generator,
+    extra_gradient: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """B-Pref's training of a reward ensemble (REFERENCE: `train_reward`), each member on its own shuffled mini-batches.
+
+    One optimiser step per mini-batch on the sum of the members' losses; stops after the first epoch in which the
+    accuracy, averaged over members and measured while training, exceeds `stop_accuracy`.
+
+    Args:
+        loss: see `MemberLoss`.
+        size: number of pairs; 0 trains nothing.
+        batch_size: pairs per member and step.
+        max_epochs: passes over the data at the most.
+        stop_accuracy: in [0, 1]; above 1 means never.
+        rng: shuffles.
+        extra_gradient: called after each backward pass and before the step; may change the gradients.
+
+    Returns:
+        reward/loss (nats per pair and member, last epoch), reward/accuracy (last epoch), reward/epochs.
+    """
+    members = range(len(reward.members))
+    mean_loss, accuracy, epoch = float("nan"), float("nan"), 0
+    for epoch in range(1, (max_epochs if size else 0) + 1):
+        orders = [rng.permutation(size) for _ in members]
+        losses, hits, decided = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for start in range(0, size, batch_size):
+            reward.optimizer.zero_grad(set_to_none=True)
+            for m in members:
+                index = orders[m][start : start + batch_size]
+                value, right, counted = loss(m, index)
+                value.backward()  # members share no parameters: the sum's gradient, one member at a time
+                losses += value.detach().cpu() * len(index)
+                hits += right.cpu()
+                decided += counted.cpu()
+            if extra_gradient is not None:
+                extra_gradient()
+            reward.optimizer.step()
+        mean_loss = float(losses) / (size * len(members))
+        accuracy = float(hits / decided) if decided else 1.0
+        if not np.isfinite(mean_loss):
+            raise FloatingPointError(f"the reward's loss became {mean_loss} in epoch {epoch} of its training")
+        if accuracy > stop_accuracy:
+            break
+    return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}

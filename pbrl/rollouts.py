@@ -1,0 +1,163 @@
+"""The agent's recent steps, kept for questions: hands out pairs of segments, recent, near-policy or fresh.
+
+A ring of the last `capacity` environment steps. The task's reward and the simulator's state are kept beside
+observations and actions: the first only to build a `Query` for simulated teachers and for evaluation, the second so
+that a segment can be shown again, pixel for pixel, or continued from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from pbrl.types import Query, Segments
+
+
+class Rollouts:
+    """The last `capacity` steps of the training environment.
+
+    Args:
+        capacity: environment steps kept.
+        obs_dim, act_dim: sizes of one observation and one action.
+        state_size: length of the simulator's state vector; 0 where the simulator cannot store it.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, state_size: int = 0) -> None:
+        self.capacity = capacity
+        self.obs = np.zeros((capacity, obs_dim), np.float32)
+        self.actions = np.zeros((capacity, act_dim), np.float32)
+        self.raw_actions = np.zeros((capacity, act_dim), np.float32)
+        self.task_rewards = np.zeros(capacity, np.float32)
+        self.states = np.zeros((capacity, state_size), np.float64)
+        self.episode = np.zeros(capacity, np.int64)
+        self.total = 0  # steps ever added; step i lies at i % capacity
+        self.episodes = 0  # index of the episode now running
+        self.running_return = 0.0
+        self.running_length = 0
+        self.finished: deque[tuple[float, int]] = deque(maxlen=10)  # (task return, steps) of the last ten episodes
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        raw_action: np.ndarray,
+        task_reward: float,
+        state: np.ndarray,
+        done: bool,
+        counted: bool = True,
+    ) -> None:
+        """One step: what was seen, what was done, what the task paid, the simulator's state before the action.
+
+        A step of a branch is not `counted` in the task's running return.
+        """
+        i = self.total % self.capacity
+        self.obs[i], self.actions[i], self.raw_actions[i] = obs, action, raw_action
+        self.task_rewards[i], self.states[i], self.episode[i] = task_reward, state, self.episodes
+        self.total += 1
+        if counted:
+            self.running_return += float(task_reward)
+            self.running_length += 1
+        if done:
+            self.interrupt()
+            if counted:
+                self.finished.append((self.running_return, self.running_length))
+                self.running_return, self.running_length = 0.0, 0
+
+    def interrupt(self) -> None:
+        """What follows does not continue what was before: no segment may reach across."""
+        self.episodes += 1
+
+    @property
+    def mean_task_reward(self) -> float:
+        """Task reward per step, averaged over the last ten finished episodes; NaN before the first has finished."""
+        steps = sum(length for _, length in self.finished)
+        return sum(total for total, _ in self.finished) / steps if steps else float("nan")
+
+    def starts(self, horizon: int, since: int = 0) -> np.ndarray:
+        """Every step index (counted from the first step ever) at which `horizon` steps of one episode begin: int64 [K].
+
+        The last legal start of an episode of T steps is T − horizon: the last step can be shown.
+        """
+        first = np.arange(max(since, self.total - self.capacity, 0), self.total - horizon + 1)
+        return first[self.episode[first % self.capacity] == self.episode[(first + horizon - 1) % self.capacity]]
+
+    def since_episodes(self, count: int) -> int:
+        """Index of the first kept step of the last `count` episodes (the running one included)."""
+        kept = np.arange(max(self.total - self.capacity, 0), self.total)
+        recent = kept[self.episode[kept % self.capacity] > self.episodes - count]
+        return int(recent[0]) if len(recent) else self.total
+
+    def segments(self, starts: np.ndarray, horizon: int) -> Segments:
+        """The segments of `horizon` steps that begin at these step indices: copies, [len(starts), horizon, ·]."""
+        index = (starts[:, None] + np.arange(horizon)) % self.capacity
+        return Segments(
+            torch.from_numpy(self.obs[index]),
+            torch.from_numpy(self.actions[index]),
+            torch.from_numpy(self.raw_actions[index]),
+        )
+
+    def _draw(self, count: int, horizon: int, rng: np.random.Generator, since: int) -> tuple[np.ndarray, np.ndarray]:
+        legal = self.starts(horizon, since)
+        if len(legal) == 0:
+            raise ValueError(
+                f"no stored episode has {horizon} steps since step {since} ({self.total} steps stored so far); "
+                "shorten segment_length, or ask later (feedback.start)"
+            )
+        return legal[rng.integers(len(legal), size=count)], legal[rng.integers(len(legal), size=count)]
+
+    def unlabelled(
+        self, count: int, horizon: int, rng: np.random.Generator, since: int = 0
+    ) -> tuple[Segments, Segments]:
+        """`count` uniformly drawn pairs, with replacement, without any reward."""
+        first, second = self._draw(count, horizon, rng, since)
+        return self.segments(first, horizon), self.segments(second, horizon)
+
+    def query(self, count: int, horizon: int, rng: np.random.Generator, since: int = 0, margin: int = 0) -> Query:
+        """`count` uniformly drawn pairs as a `Query`, `margin` extra steps kept on both sides as its context."""
+        first, second = self._draw(count, horizon + 2 * margin, rng, since)
+        return self.query_at(first, second, horizon, margin)
+
+    def query_at(self, first: np.ndarray, second: np.ndarray, horizon: int, margin: int = 0) -> Query:
+        """The pairs whose (wide) segments begin at these step indices, as a `Query`."""
+        wide = self.segments(first, horizon + 2 * margin), self.segments(second, horizon + 2 * margin)
+        index = (np.stack([first, second], 1)[..., None] + margin + np.arange(horizon)) % self.capacity
+        return Query(
+            first=wide[0].steps(margin, margin + horizon),
+            second=wide[1].steps(margin, margin + horizon),
+            task_rewards=torch.from_numpy(self.task_rewards[index]),
+            mean_task_reward=self.mean_task_reward,
+            states=torch.from_numpy(self.states[index[..., 0]]),
+            context=wide if margin else None,
+        )
+
+    def episodes_between(self, first: int, last: int) -> list[Segments]:
+        """The episodes (or their parts) stored from step index `first` up to `last`: Segments [1, T, ...] each."""
+        steps = np.arange(max(first, self.total - self.capacity), last)
+        if len(steps) == 0:
+            return []
+        cuts = np.flatnonzero(np.diff(self.episode[steps % self.capacity])) + 1
+        return [self.segments(part[:1], len(part)) for part in np.split(steps, cuts)]
+
+    @property
+    def columns(self) -> list[np.ndarray]:
+        """The ring's arrays, [capacity, ...] each."""
+        return [self.obs, self.actions, self.raw_actions, self.task_rewards, self.states, self.episode]
+
+    def state(self) -> dict[str, Any]:
+        """Counters, as plain JSON values; the arrays are saved apart (see pbrl.checkpoint)."""
+        return {
+            "total": self.total,
+            "episodes": self.episodes,
+            "running_return": self.running_return,
+            "running_length": self.running_length,
+            "finished": [list(item) for item in self.finished],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.total, self.episodes = state["total"], state["episodes"]
+        self.running_return, self.running_length = state["running_return"], state["running_length"]
+        self.finished = deque(((total, length) for total, length in state["finished"]), maxlen=10)

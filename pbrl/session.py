@@ -1,0 +1,87 @@
+"""What a reward updater may use beside the reward and the answers: the loop's side of `pbrl.types.Session`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbrl.agent import AgentView, PreferenceSAC
+from pbrl.rollouts import Rollouts
+from pbrl.types import Params, Query, Segments
+
+
+class AgentSession:
+    """Gives updaters and query rules access to the agent's steps; every step taken here is an environment step.
+
+    Args:
+        agent: whose policy acts; its rollouts record.
+        rng: the updater's generator.
+    """
+
+    def __init__(self, agent: PreferenceSAC, rng: np.random.Generator) -> None:
+        assert agent.rollouts is not None
+        self.agent, self.rng = agent, rng
+        self.rollouts: Rollouts = agent.rollouts
+        self.policy = AgentView(agent)
+        self.fresh_from = 0  # index of the first step of this session's fresh rollouts
+        self.fresh_to = 0
+
+    @property
+    def env_step(self) -> int:
+        return self.agent.num_timesteps
+
+    def collect_fresh(self, steps: int) -> None:
+        """Roll the present policy out for `steps` steps, without learning: this session's fresh segments."""
+        self.fresh_from = self.rollouts.total
+        self.agent.collect(steps, updates=0)
+        self.fresh_to = self.rollouts.total
+
+    def fresh(self) -> list[Segments]:
+        return self.rollouts.episodes_between(self.fresh_from, self.fresh_to)
+
+    def unlabelled(self, count: int, horizon: int) -> tuple[Segments, Segments]:
+        return self.rollouts.unlabelled(count, horizon, self.rng)
+
+    def rollout(self, theta: Params, steps: int) -> list[Segments]:
+        start = self.rollouts.total
+        self.rollouts.interrupt()
+        with self.agent.acting_with(theta):
+            self.agent.collect(steps, updates=0)
+        self.rollouts.interrupt()
+        return self.rollouts.episodes_between(start, self.rollouts.total)
+
+    def branches(self, starts: int, branches: int, horizon: int) -> Segments:
+        first = self._branch_starts(starts, branches, horizon, self.rng)
+        return self.rollouts.segments(first.reshape(-1), horizon)
+
+    def branch_query(self, count: int, horizon: int, rng: np.random.Generator, margin: int = 0) -> Query:
+        """`count` pairs of two continuations by the present policy from one stored state each, as a `Query`."""
+        first = self._branch_starts(count, 2, horizon + 2 * margin, rng)
+        return self.rollouts.query_at(first[:, 0], first[:, 1], horizon, margin)
+
+    def _branch_starts(self, starts: int, branches: int, horizon: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices of the first steps of new branches: int64 [starts, branches]."""
+        if self.rollouts.states.shape[1] == 0:
+            raise ValueError("branching needs an environment that can store its simulator state (state_size > 0)")
+        legal = self.rollouts.starts(horizon, since=self.fresh_from)
+        if len(legal) == 0:
+            raise ValueError(f"no stored episode has {horizon} steps to branch within; shorten segment_length")
+        found = np.empty((starts, branches), np.int64)
+        for i in range(starts):
+            state = self.rollouts.states[legal[rng.integers(len(legal))] % self.rollouts.capacity].copy()
+            for j in range(branches):
+                found[i, j] = self.rollouts.total
+                if not self.agent.branch(state, horizon):
+                    raise ValueError(
+                        f"a branch of {horizon} steps terminated early; branch pairs need episodes that do not"
+                    )
+        return found
+
+    def transitions(self, count: int) -> dict[str, Tensor]:
+        batch = self.agent.replay_buffer.draw(count, self.rng)
+        return {"obs": batch.obs, "actions": batch.actions, "next_obs": batch.next_obs, "not_done": batch.not_done}
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal draws from the updater's generator: float32 [*shape]."""
+        return torch.from_numpy(self.rng.standard_normal(shape, dtype=np.float32))

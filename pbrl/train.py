@@ -1,0 +1,115 @@
+"""`python -m pbrl.train env=door-open`: reads the config, builds the parts, hands them to the loop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from pbrl.checkpoint import CheckpointError
+from pbrl.configuration import ConfigError, register_resolvers
+
+register_resolvers()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask the run to stop at the next step; while the teacher is asked they interrupt it.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.asking = False
+
+    def __enter__(self) -> Interrupts:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = {sig: signal.signal(sig, self._handle) for sig in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._main:
+            for sig, handler in self._before.items():
+                signal.signal(sig, handler)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested or self.asking:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
+
+    def set_asking(self, asking: bool) -> None:
+        """The teacher is being asked: an interrupt need not wait for the end of a step."""
+        self.asking = asking
+
+
+def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """One training run from a composed config; returns its summary.
+
+    Raises:
+        ConfigError: before anything starts, if the config cannot work.
+    """
+    from pbrl.asking import TeacherError
+    from pbrl.building import build
+    from pbrl.loop import Stopped
+
+    with Interrupts() as interrupts:
+        loop = build(cfg, choices, overrides)
+        loop.stop, loop.on_asking = (lambda: interrupts.requested), interrupts.set_asking
+        resume = f"python -m pbrl.train resume={loop.run_dir}"
+        complete = False
+        try:
+            summary = loop.run()
+            complete = True
+        except Stopped:
+            print(f"\nstopped at step {loop.step} and saved; go on with\n  {resume}")
+            raise SystemExit(130) from None
+        except (TeacherError, FloatingPointError, OSError, ValueError) as error:
+            saved = "everything is saved" if isinstance(error, TeacherError) else "the last checkpoint is kept"
+            print(f"\nerror at step {loop.step}: {error}\n{saved}; go on with\n  {resume}", file=sys.stderr)
+            raise SystemExit(1) from error
+        finally:
+            loop.close(complete)
+    print_summary(summary, loop.run_dir)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
+    """The closing lines: numbers and paths."""
+    shown = {
+        "true return": "eval/return",
+        "success": "eval/success",
+        "share of the oracle's return": "eval/normalized_return",
+        "labels": "feedback/labels",
+        "held-out accuracy": "reward/holdout_accuracy",
+        "seconds": "time/wall",
+    }
+    print(f"\nfinished at step {summary['env_step']}")
+    for name, key in shown.items():
+        if summary.get(key) is not None:
+            print(f"  {name:30} {summary[key]:.4g}")
+    print(f"  {'metrics':30} {run_dir / 'metrics.jsonl'}")
+    print(f"  {'checkpoints':30} {run_dir / 'checkpoints'}")
+    print(f"  {'watch it':30} python -m pbrl.evaluate {run_dir} --video")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry: one run, or one of a sweep."""
+    runtime = hydra.core.hydra_config.HydraConfig.get()
+    choices = {group: name for group, name in runtime.runtime.choices.items() if not group.startswith("hydra/")}
+    try:
+        run(cfg, choices, list(runtime.overrides.task))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
