@@ -28,7 +28,7 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -261,12 +261,11 @@ class Preferences:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no preference data set at {path}; `python -m pbrl.preferences export` makes one")
-        try:
-            return cls.from_state(_read(Path(path)))
-        except OSError:
-            raise  # names the path itself: permission, disk
-        except Exception as error:  # whatever zipfile and numpy raise on a damaged file
-            raise ValueError(f"{path} is not an intact preference data set: {error}") from error
+        with Path(path).open("rb") as file:
+            try:
+                return cls.from_state(_read(file))
+            except Exception as error:  # whatever zipfile and numpy raise on a damaged file, OSError among it
+                raise ValueError(f"{path} is not an intact preference data set: {error}") from error
 
 
 def _pairs(query: Query) -> Columns:
@@ -351,9 +350,9 @@ def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return metadata
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(file: BinaryIO) -> dict[str, np.ndarray]:
     """All arrays of an npz, each checksum verified before its header is believed (np.load reads the header first)."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = {name: io.BytesIO(archive.read(name)) for name in archive.namelist()}
     return {
         name.removesuffix(".npy"): np.lib.format.read_array(member, allow_pickle=False)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -40,12 +41,11 @@ class RecordedTeacher:
             raise FileNotFoundError(
                 f"no recorded preferences at {path}; `python -m pbrl.preferences export RUN {path}` makes them"
             )
-        try:
-            self._labels = _read(Path(path))
-        except OSError:
-            raise  # names the path itself
-        except Exception as error:  # whatever zipfile and numpy raise on a damaged file
-            raise ValueError(f"{path} is not a preference data set: {error}") from error
+        with Path(path).open("rb") as file:
+            try:
+                self._labels = _read(file)
+            except Exception as error:  # whatever zipfile and numpy raise on a damaged file, OSError among it
+                raise ValueError(f"{path} is not a preference data set: {error}") from error
         self.path = path
         self._known_rate = 0.0
 
@@ -63,11 +63,11 @@ class RecordedTeacher:
         return {"teacher/known_rate": self._known_rate}
 
 
-def _read(path: Path) -> dict[tuple[bytes, bytes], float]:
+def _read(file: BinaryIO) -> dict[tuple[bytes, bytes], float]:
     """Mean label of each stored pair, in both orders."""
-    with np.load(path, allow_pickle=False) as file:
-        horizon = json.loads(str(file["metadata"]))["horizon"]
-        obs, actions, labels = (file[name] for name in ("obs", "actions", "prefers_first"))
+    with np.load(file, allow_pickle=False) as arrays:
+        horizon = json.loads(str(arrays["metadata"]))["horizon"]
+        obs, actions, labels = (arrays[name] for name in ("obs", "actions", "prefers_first"))
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError("a label is outside [0, 1]")
     margin = (obs.shape[2] - horizon) // 2

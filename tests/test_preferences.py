@@ -204,6 +204,25 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_saving_replaces_the_file_and_never_writes_into_the_old_one(tmp_path: Path) -> None:
+    filled(3).save(tmp_path / "p.npz")
+    before = (tmp_path / "p.npz").read_bytes()
+    with (tmp_path / "p.npz").open("rb") as old:
+        filled(5).save(tmp_path / "p.npz")
+        assert old.read() == before
+    assert len(Preferences.load(tmp_path / "p.npz")) == 5
+
+
+def test_a_file_that_makes_zipfile_raise_oserror_is_refused_like_any_other(tmp_path: Path) -> None:
+    """Found by flipping every single bit of a file: a bad offset makes zipfile seek before the start."""
+    filled(3).save(tmp_path / "p.npz")
+    content = bytearray((tmp_path / "p.npz").read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    content[end + 16 : end + 20] = b"\xff\xff\xff\x7f"  # where the list of members is said to start
+    (tmp_path / "p.npz").write_bytes(content)
+    loads_equal_or_refuses(tmp_path / "p.npz", filled(3))
+
+
 def change(name: str, value: Any) -> Any:
     return lambda arrays: arrays.update({name: value})
 
