@@ -56,6 +56,8 @@ class DMControl(SimulatorEnv):
             raise unknown_name("dm_control task", f"{domain}-{task}", task_names(), listing)
         # random=0 fixes what lqr draws for its model; episodes are seeded in _start
         self._env = env = suite.load(domain, task, task_kwargs={"time_limit": float("inf"), "random": 0})
+        # quadruped-escape would open dm_control's own renderer at each reset
+        env.physics.__class__ = type("Physics", (type(env.physics),), {"contexts": None})
         model, data = env.physics.model.ptr, env.physics.data.ptr
         self._physics = PhysicsState(model, data)
         self._camera = Camera(model, camera)

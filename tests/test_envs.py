@@ -39,6 +39,7 @@ MAKERS = {
     "pointmass": lambda: PointMass(horizon=60),
     "pendulum": lambda: GymEnv("Pendulum-v1", horizon=60),
     "mountain-car": lambda: GymEnv("MountainCarContinuous-v0", horizon=60),
+    "escape": lambda: DMControl("quadruped", "escape", horizon=60, camera="y"),  # draws its terrain
     "ant": lambda: GymEnv("Ant-v5", horizon=60),
 }
 each_env = pytest.mark.parametrize("name", MAKERS)
@@ -146,6 +147,29 @@ def test_gymnasiums_mujoco_environments_restore(kind):
     assert_state_restores(lambda: GymEnv(f"{kind}-v5"), before=25, after=60)
 
 
+def scripted(env: SimulatorEnv, policy: Any, obs: np.ndarray, steps: int) -> list[Any]:
+    """What Meta-World's own expert sees in the next `steps`."""
+    seen: list[Any] = []
+    for _ in range(steps):
+        seen.append(env.step(np.clip(policy.get_action(obs.astype(float)), -1, 1)))
+        obs = seen[-1][0]
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")  # the scripted policies' gains
+@pytest.mark.parametrize(("task", "expert"), [("door-open", "DoorOpen"), ("hammer", "Hammer")])
+def test_a_state_stored_in_contact_with_the_object_restores(task, expert):
+    import metaworld.policies
+
+    policy = getattr(metaworld.policies, f"Sawyer{expert}V3Policy")()
+    env, other = MetaWorld(task), MetaWorld(task)
+    obs = scripted(env, policy, env.reset(seed=0)[0], 60)[-1][0]
+    state = env.get_state()
+    future = scripted(env, policy, obs, 80)
+    assert any(info["success"] for *_, info in future)
+    np.testing.assert_equal(scripted(other, policy, other.set_state(state), 80), future)
+
+
 def test_a_state_of_the_first_moment_restores():
     env, other = MetaWorld("sweep-into"), MetaWorld("sweep-into")
     obs, _ = env.reset(seed=4)
@@ -193,18 +217,16 @@ def test_a_task_that_ends_by_itself_terminates():
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")  # the scripted policy's gain
 def test_metaworld_hides_the_goal_moves_the_object_and_keeps_success_momentary():
-    from metaworld.policies import SawyerDoorOpenV3Policy
+    import metaworld.policies
 
-    env, policy = MetaWorld("door-open"), SawyerDoorOpenV3Policy()
+    env, policy = MetaWorld("door-open"), metaworld.policies.SawyerDoorOpenV3Policy()
     obs, _ = env.reset(seed=0)
-    handle, success, goals = obs[4:7], [], []
-    for _ in range(500):
-        obs, _, terminated, truncated, info = env.step(np.clip(policy.get_action(obs.astype(float)), -1, 1))
-        success.append(info["success"])
-        goals.append(obs[-3:])
-    assert truncated and not terminated
-    assert success[0] == 0.0 and max(success) == 1.0 and all(isinstance(value, float) for value in success)
-    assert not np.any(goals)
+    handle, seen = obs[4:7], scripted(env, policy, obs, 500)
+    success = [info["success"] for *_, info in seen]
+    assert seen[-1][2:4] == (False, True)
+    assert success[0] == success[-1] == 0.0 and max(success) == 1.0  # opened, and let go of
+    assert all(isinstance(value, float) for value in success)
+    assert not np.any([step[0][-3:] for step in seen])
     assert np.abs(env.reset()[0][4:7] - handle).max() > 1e-3
 
 
@@ -267,7 +289,7 @@ def test_all_names_are_listed():
     assert len(dm_control.task_names()) > 40 and "walker-walk" in dm_control.task_names()
 
 
-PICTURED = ["metaworld", "walker", "reacher", "pointmass", "ant"]
+PICTURED = ["metaworld", "walker", "reacher", "pointmass", "ant", "escape"]
 
 
 @pytest.mark.parametrize("name", PICTURED)
