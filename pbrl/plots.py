@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
@@ -107,11 +108,10 @@ def samples_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
             shares, steps = [r["share"] for r in chosen], [r["steps"] for r in chosen]
             panel.plot(shares, steps, color=look.color, linestyle=look.line, marker=look.marker)
         panel.set_title(task)
-        panel.set_xlabel("share of the oracle's score")
+        panel.set_xlabel("share of the oracle's score (%)")
         panel.set_ylabel("environment steps needed")
         panel.set_xticks(_unique(rows, "share"))
-        panel.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        panel.xaxis.set_label_text("share of the oracle's score (%)")
+        panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         panel.yaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_ylim(bottom=0)
     _legend(figure, methods, methods)
@@ -156,7 +156,9 @@ def _panels(count: int, columns: int = COLUMNS, width: float = 3.6, height: floa
     """A figure of `count` panels, of the given size in inches each."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    figure = Figure(
+        figsize=(width * columns, height * rows + 0.5), layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06)
+    )
     panels = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
@@ -187,7 +189,9 @@ def _draw_intervals(panel: Axes, points: Sequence[tuple[str, float, float, float
     """One line per (method, value, low, high), the first at the top."""
     styles = looks(methods)
     for height, (method, value, low, high) in enumerate(points):
-        panel.plot([low, high], [height, height], color=styles[method].color, linewidth=7, alpha=0.35)
+        panel.plot(
+            [low, high], [height, height], color=styles[method].color, linewidth=7, alpha=0.35, solid_capstyle="butt"
+        )
         panel.plot([value], [height], color=styles[method].color, marker=styles[method].marker, markersize=7)
     panel.set_yticks(range(len(points)), [method for method, *_ in points])
     panel.set_ylim(len(points) - 0.5, -0.5)
@@ -197,7 +201,8 @@ def _legend(figure: Figure, shown: Iterable[str], methods: Sequence[str]) -> Non
     """One legend below all panels, the oracle last."""
     styles, names = looks(methods), [m for m in (*methods, ORACLE) if m in set(shown)]
     handles = [Line2D([], [], color=styles[m].color, linestyle=styles[m].line, marker=styles[m].marker) for m in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    columns = max(1, int(figure.get_figwidth() * 9 / (6 + max(map(len, names)))))  # about 9 letters to the inch
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns), frameon=False)
 
 
 def _unique(rows: Sequence[Row], key: str) -> list:

@@ -131,38 +131,42 @@ def _aggregate_section(data: Comparison, tables: Tables) -> Section:
 
 
 def _improvement_section(data: Comparison, tables: Tables) -> Section:
-    rows = [
-        [r["first"], r["second"], _estimate(r, "probability", bare=True), r["tasks"]] for r in tables["improvement"]
-    ]
+    found = {(row["first"], row["second"]): _estimate(row, "probability", bare=True) for row in tables["improvement"]}
+    rows = [[first, *(found.get((first, second), "–") for second in data.methods)] for first in data.methods]
     text = (
-        "How likely a run of the first method ends with a higher score than one of the second, averaged over tasks "
-        "(Mann–Whitney U, ties count half). The methods differ where the interval excludes 0.5."
+        "How likely a run of the row's method ends with a higher score than one of the column's, averaged over the "
+        "tasks both have (Mann–Whitney U, ties count half). The methods differ where the interval excludes 0.5."
     )
     figures = {}
     if data.base and any(row["second"] == data.base for row in tables["improvement"]):
         figures["improvement"] = plots.improvement_figure(tables["improvement"], data.base, data.methods)
-    header = ["first", "second", "P(first > second)", "tasks"]
+    header = ["P(row > column)", *data.methods]
     return Section("Probability of improvement", text, figures, (header, rows), "improvement.csv")
 
 
 def _samples_section(data: Comparison, tables: Tables) -> Section:
-    header = ["task", "share of oracle", "method", "steps", "steps / baseline", "labels", "labels / baseline"]
+    header = ["task", "share of oracle", "method", "steps", "steps ratio", "labels", "labels ratio"]
     rows = [
         [
             row["task"],
             f"{row['share']:.0%} ({_number(row['level'])})",
             row["method"],
-            *(_estimate(row, name) for name in ("steps", "steps_ratio", "labels", "labels_ratio")),
+            *(cell for axis in ("steps", "labels") for cell in (_estimate(row, axis), _ratio(row, axis))),
         ]
         for row in tables["samples"]
     ]
+    base = data.base or data.baseline
     text = (
         "Where the interquartile-mean curve first reaches a share of the oracle's score, at an evaluation and not "
-        f"between two. The ratio is to {data.base or data.baseline}: 0.37 is 63 % fewer. “Not reached” within the "
-        "steps compared counts as infinity."
+        f"between two; ∞: not within the steps compared. The ratio is to {base}: 0.37 is 63 % fewer. Where {base} does "
+        "not reach the share, all the steps (labels) compared stand for its need, and the ratio is an upper bound (≤)."
     )
     figures = {"samples": plots.samples_figure(tables["samples"], data.methods)}
     return Section("Samples needed to reach a share of the oracle", text, figures, (header, rows), "samples.csv")
+
+
+def _ratio(row: Row, axis: str) -> str:
+    return "≤ " * row[f"{axis}_ratio_is_bound"] + _estimate(row, f"{axis}_ratio")
 
 
 def _profiles_section(data: Comparison, tables: Tables) -> Section:
@@ -196,7 +200,7 @@ def _number(value: Any) -> str:
     if math.isnan(value):
         return "–"
     if math.isinf(value):
-        return "not reached"
+        return "∞"
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -222,11 +226,12 @@ def markdown(introduction: str, notes: Sequence[str], sections: Sequence[Section
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 img { max-width: 100%; display: block; margin: .6rem 0 } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; white-space: nowrap }
+td:last-child { white-space: normal; min-width: 7rem; overflow-wrap: anywhere }
 th { background: #f5f5f5 } pre { background: #f5f5f5; padding: .6rem; overflow-x: auto }
 .origin { color: #666; font-size: 13px } .notes { background: #fff6e0; padding: .5rem 1rem .5rem 2rem }
 """

@@ -20,8 +20,7 @@ from omegaconf import OmegaConf
 from pbrl.statistics import Array
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
-# What must be the same in all runs on one task. The oracle answers to the first alone: it needs no labels.
-MUST_MATCH = ("env", "total_steps", "feedback.budget", "teacher")
+MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
 
 
@@ -39,10 +38,6 @@ class Run:
     complete: bool
 
     @property
-    def task(self) -> str:
-        return str(self.setting("env_name"))
-
-    @property
     def updater(self) -> str:
         return str(self.setting("updater"))
 
@@ -51,15 +46,9 @@ class Run:
         return int(self.config["seed"])
 
     def setting(self, name: str) -> Any:
-        """The value of a config path ("feedback.budget"), a group's choice ("updater"), or None.
-
-        "env" is the environment's whole configuration and "env_name" the choice: two runs on one task may still differ.
-        """
-        choices = self.config["choices"]
-        if name == "env_name":
-            return choices["env"]
-        if name in choices and name != "env":
-            return choices[name]
+        """A group's choice ("updater") or the value of a config path ("feedback.budget"); None if there is neither."""
+        if name in self.config["choices"]:
+            return self.config["choices"][name]
         value: Any = self.config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -76,9 +65,9 @@ class Run:
         return float(values[-1]) if len(values) else math.nan
 
     def labels_at(self, steps: Array) -> Array:
-        """Labels received up to and including each of `steps`."""
+        """Labels received before each of `steps`; what a session teaches shows only after its step."""
         asked_at, labels = self.series("feedback/labels")
-        return np.concatenate([[0.0], labels])[np.searchsorted(asked_at, steps, side="right")]
+        return np.concatenate([[0.0], labels])[np.searchsorted(asked_at, steps, side="left")]
 
 
 def _is_number(value: Any) -> bool:
@@ -200,10 +189,8 @@ def select(
         ComparisonError: naming the runs, if they differ where they must not, or one seed occurs twice in a method.
     """
     kept, notes = _usable(runs, allow_mixed)
-    keys = tuple(method_keys) if method_keys else ("updater", *_differing(kept))
-    by_task: dict[str, list[Run]] = defaultdict(list)
-    for run in kept:
-        by_task[run.task].append(run)
+    by_task = _by_task(kept)
+    keys = tuple(method_keys) if method_keys else ("updater", *_differing(by_task))
     problems = [line for task, members in by_task.items() for line in _mismatches(task, members, keys)]
     groups = {task: _by_method(members, keys, baseline) for task, members in sorted(by_task.items())}
     problems += [line for task, methods in groups.items() for line in _repeated_seeds(task, methods)]
@@ -233,12 +220,28 @@ def _usable(runs: Sequence[Run], allow_mixed: bool) -> tuple[list[Run], list[str
     return kept, notes
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
-    values: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+def _by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by task: an environment's choice, and, where one choice was configured in several ways, what differs."""
+    choices: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        if run.updater != ORACLE:
+        choices[str(run.setting("env"))].append(run)
+    tasks: dict[str, list[Run]] = defaultdict(list)
+    for choice, members in choices.items():
+        options = [run.config.get("env") or {} for run in members]
+        names = sorted({name for option in options for name in option})
+        differing = [name for name in names if len({str(option.get(name)) for option in options}) > 1]
+        for run, option in zip(members, options, strict=True):
+            suffix = ", ".join(f"{name}={option.get(name)}" for name in differing)
+            tasks[f"{choice} ({suffix})" if suffix else choice].append(run)
+    return dict(tasks)
+
+
+def _differing(by_task: Mapping[str, Sequence[Run]]) -> list[str]:
+    values: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for task, runs in by_task.items():
+        for run in (run for run in runs if run.updater != ORACLE):
             for name in METHOD_CHOICES:
-                values[name, run.task, run.updater].add(str(run.setting(name)))
+                values[name, task, run.updater].add(str(run.setting(name)))
     return [name for name in METHOD_CHOICES if any(len(v) > 1 for key, v in values.items() if key[0] == name)]
 
 
@@ -264,7 +267,7 @@ def _mismatches(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str
             continue
         sources: dict[str, list[str]] = defaultdict(list)
         for run in runs:
-            if name == "env" or run.updater != ORACLE:
+            if run.updater != ORACLE:
                 sources[json.dumps(run.setting(name), sort_keys=True, default=str)].append(run.source)
         if len(sources) > 1:
             listed = "; ".join(f"{value} in {', '.join(where)}" for value, where in sources.items())

@@ -66,7 +66,7 @@ def bootstrap_interval(
     Returns NaN for both ends if a task has a single run: resampling one run cannot show its spread.
     """
     if min(len(stratum) for stratum in strata) < 2:
-        missing = np.full(strata[0].shape[1:], np.nan)
+        missing = np.full_like(statistic(np.concatenate(list(strata)), 0), np.nan)
         return missing, missing
     pooled = np.concatenate(resample(strata, repetitions, rng), axis=1)
     return percentile_interval(statistic(pooled, 1), confidence)

@@ -232,7 +232,9 @@ Need = dict[str, tuple[float, Array | None]]  # axis -> where the level is first
 def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
     """Steps and labels at which a method's interquartile-mean curve first reaches a share of the oracle's score.
 
-    The ratio is the method's over the baseline's, below 1 where the method needs fewer. Infinity: not reached.
+    Infinity: not reached. The ratio is the method's over the baseline's, below 1 where the method needs fewer. Where
+    the baseline does not reach the level, its need is at least all that was compared: that is put in its place, and
+    the ratio is an upper bound (`_ratio_is_bound`). The same holds in each bootstrap sample.
     """
     rows = []
     for task, reference in data.references.items():
@@ -244,7 +246,8 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
                 runs = data.curves[task][method].runs
                 row: Row = {"task": task, "method": method, "share": share, "level": level}
                 for axis in need:
-                    row |= _columns(axis, *need[axis]) | _ratio(axis, need, base)
+                    end = data.curves[task][method].over(axis)[0][-1]
+                    row |= _columns(axis, *need[axis]) | _ratio(axis, need, base, float(end))
                 rows.append(row | {"runs": len(runs), "sources": data.sources(runs)})
     return rows
 
@@ -262,22 +265,26 @@ def _needs(group: Curves, level: float, repetitions: int, rng: np.random.Generat
 
 
 def _columns(name: str, point: float, samples: Array | None) -> Row:
-    """Point and interval; no interval without samples, or where one is undefined (infinity over infinity)."""
+    """Point and interval; no interval without samples, or where one is undefined (zero over zero)."""
     low, high = math.nan, math.nan
     if samples is not None and not np.isnan(samples).any():
         low, high = (float(end) for end in percentile_interval(samples))
     return {name: point, f"{name}_low": low, f"{name}_high": high}
 
 
-def _ratio(axis: str, need: Need, base: Need | None) -> Row:
+def _ratio(axis: str, need: Need, base: Need | None, end: float) -> Row:
     name = f"{axis}_ratio"
     if base is None:
-        return _columns(name, math.nan, None)
+        return _columns(name, math.nan, None) | {f"{name}_is_bound": False}
     (point, samples), (base_point, base_samples) = need[axis], base[axis]
-    with np.errstate(divide="ignore", invalid="ignore"):  # not reached: x/inf = 0, inf/x = inf, inf/inf undefined
-        ratio = float(np.divide(point, base_point))
-        drawn = None if need is base or samples is None or base_samples is None else np.divide(samples, base_samples)
-    return _columns(name, ratio, drawn)
+    if math.isinf(point) and math.isinf(base_point):  # neither gets there: nothing to say
+        return _columns(name, math.nan, None) | {f"{name}_is_bound": False}
+    drawn = None
+    with np.errstate(divide="ignore", invalid="ignore"):  # a level reached at step 0: x/0 is infinite, 0/0 undefined
+        ratio = float(np.divide(point, min(base_point, end)))
+        if need is not base and samples is not None and base_samples is not None:
+            drawn = np.divide(samples, np.minimum(base_samples, end))
+    return _columns(name, ratio, drawn) | {f"{name}_is_bound": math.isinf(base_point)}
 
 
 def health_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:

@@ -1,0 +1,124 @@
+"""The two pictures of PARL's experiments (Chakraborty et al., ICLR 2024), from stored runs.
+
+    python -m experiments.figures curves RUNS… --out fig.png          figure 2: tasks side by side, methods and oracle
+    python -m experiments.figures strips RUN_A RUN_B … --out strips.png   figure 3: film strips, methods as rows
+
+Beside curves.png lies curves.csv with every number drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pbrl import plots
+from pbrl.compare import add_run_options, read_comparison
+from pbrl.evaluation import load_run
+from pbrl.runs import ComparisonError, method_label, read_run
+from pbrl.tables import curve_rows, write_tables
+
+SIZE = 256  # pixels, of a film strip's frames
+DPI = 200
+
+
+def draw_curves(arguments: argparse.Namespace) -> None:
+    """Figure 2: learning curves with intervals over seeds; a CSV of the same name holds the numbers."""
+    data = read_comparison(arguments)
+    rows = curve_rows(data, arguments.axis, np.random.default_rng(0))
+    write_tables({arguments.out.stem: rows}, arguments.out.parent)
+    plots.curves_figure(rows, arguments.axis, data.metrics, data.methods).savefig(arguments.out, dpi=DPI)
+    for note in data.notes:
+        print(f"note: {note}")
+
+
+def draw_strips(arguments: argparse.Namespace) -> None:
+    """Figure 3: one row of frames per run, the same episode seed and the same steps in every row."""
+    runs = [read_run(folder) for folder in arguments.runs]
+    tasks = sorted({str(run.setting("env")) for run in runs})
+    if len(tasks) > 1:
+        raise ComparisonError(f"film strips compare runs on one task, but these are on {', '.join(tasks)}")
+    keys = arguments.method_keys or ["updater"]
+    strips = [film_strip(*load_run(folder), arguments.seed, arguments.frames) for folder in arguments.runs]
+    labels = [method_label(run, keys) for run in runs]
+    strips_figure(labels, strips, tasks[0]).savefig(arguments.out, dpi=DPI)
+
+
+Strip = tuple[list[int], list[NDArray[np.uint8]], float]  # steps, their frames [SIZE, SIZE, 3], return of the episode
+
+
+def film_strip(agent: Any, env: Any, seed: int, frames: int) -> Strip:
+    """Frames at even intervals from the first state to the last of one episode of the mean policy.
+
+    The episode is played twice with the same seed, as its length is known only at its end.
+    """
+    length, total, _ = _play(agent, env, seed, shown=set())
+    steps = np.unique(np.linspace(0, length, frames).round().astype(int)).tolist()
+    _, _, pictures = _play(agent, env, seed, shown=set(steps))
+    return steps, pictures, total
+
+
+def _play(agent: Any, env: Any, seed: int, shown: set[int]) -> tuple[int, float, list[NDArray[np.uint8]]]:
+    """Length and task return of an episode, and the frames at the steps to be shown (0 is the state after reset)."""
+    obs, _ = env.reset(seed=seed)
+    step, total, done, pictures = 0, 0.0, False, []
+    while True:
+        if step in shown:
+            pictures.append(env.render(SIZE, SIZE))
+        if done:
+            return step, total, pictures
+        action, _ = agent.predict(obs, deterministic=True)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        step, total, done = step + 1, total + float(reward), terminated or truncated
+
+
+def strips_figure(labels: Sequence[str], strips: Sequence[Strip], task: str) -> Figure:
+    """Rows of frames, each row named by its method and the return of the episode shown, each frame by its step."""
+    columns = max(len(steps) for steps, _, _ in strips)
+    figure = Figure(figsize=(1.5 * columns + 1.2, 1.75 * len(strips) + 0.4), layout="constrained")
+    panels = figure.subplots(len(strips), columns, squeeze=False)
+    for label, (steps, pictures, total), row in zip(labels, strips, panels, strict=True):
+        for panel in row:
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        for step, picture, panel in zip(steps, pictures, row, strict=False):
+            panel.imshow(picture)
+            panel.set_title(f"step {step}", fontsize=8)
+        row[0].set_ylabel(f"{label}\nreturn {total:.3g}")
+    figure.suptitle(task)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw one figure into --out."""
+    options = argparse.ArgumentParser(prog="python -m experiments.figures", description="Figures from stored runs.")
+    kinds = options.add_subparsers(required=True)
+    curves = kinds.add_parser("curves", help="learning curves, tasks side by side (PARL, figure 2)")
+    add_run_options(curves)
+    curves.add_argument("--axis", choices=("steps", "labels"), default="steps", help="horizontal axis (default: steps)")
+    curves.set_defaults(draw=draw_curves)
+    strips = kinds.add_parser("strips", help="film strips of learned behaviour, methods as rows (PARL, figure 3)")
+    strips.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders with a checkpoint, one per row")
+    strips.add_argument("--frames", type=int, default=8, help="frames per row (default: 8)")
+    strips.add_argument("--seed", type=int, default=0, help="of the episode shown (default: 0)")
+    strips.add_argument("--method-keys", type=lambda text: text.split(","), help="what names a row (default: updater)")
+    strips.set_defaults(draw=draw_strips)
+    for kind in (curves, strips):
+        kind.add_argument("--out", type=Path, required=True, help="picture file to write")
+    arguments = options.parse_args(argv)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.draw(arguments)
+    except ComparisonError as error:
+        sys.exit(f"experiments.figures: {error}")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
