@@ -3,7 +3,7 @@
     python -m experiments.figures curves RUNS… --out fig.png          figure 2: tasks side by side, methods and oracle
     python -m experiments.figures strips RUN_A RUN_B … --out strips.png   figure 3: film strips, methods as rows
 
-Beside curves.png lies curves.csv with every number drawn.
+Beside fig.png lies fig.csv with every number drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from pbrl import plots
 from pbrl.compare import add_run_options, read_comparison
-from pbrl.evaluation import load_run
 from pbrl.runs import ComparisonError, method_label, read_run
 from pbrl.tables import curve_rows, write_tables
 
@@ -39,7 +38,9 @@ def draw_curves(arguments: argparse.Namespace) -> None:
 
 
 def draw_strips(arguments: argparse.Namespace) -> None:
-    """Figure 3: one row of frames per run, the same episode seed and the same steps in every row."""
+    """Figure 3: one row of frames per run, in episodes of the same seed, each from its first state to its last."""
+    from pbrl.evaluation import load_run  # brings torch and the agent, which curves do without
+
     runs = [read_run(folder) for folder in arguments.runs]
     tasks = sorted({str(run.setting("env")) for run in runs})
     if len(tasks) > 1:

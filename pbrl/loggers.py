@@ -120,7 +120,7 @@ class WandB:
             "job_type": "train",
             "name": f"{names[0]}-{names[1]}-s{config.get('seed')}",
             "tags": [tag[:64] for tag in [*names, f"seed:{config.get('seed')}", *(tags or [])]],
-            "config": config,
+            "config": {**config, "choices": dict(choices)},  # as in config.yaml: pbrl.compare reads both
         }
         mode = self._mode(mode)
         try:
