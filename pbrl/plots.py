@@ -78,20 +78,20 @@ def curves_figure(rows: Sequence[Row], axis: str, metrics: Mapping[str, str], me
 
 
 def health_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
-    """The reward model over training: a row of panels per measure, a column per task."""
+    """The reward model over training: a row of panels per task, a column per measure."""
     tasks, metrics = _unique(rows, "task"), _unique(rows, "metric")
-    figure, panels = _panels(len(tasks) * len(metrics), columns=len(tasks), height=2.3)
+    figure, panels = _panels(len(tasks) * len(metrics), columns=len(metrics), height=2.3)
     for index, panel in enumerate(panels):
-        metric, task = metrics[index // len(tasks)], tasks[index % len(tasks)]
+        task, metric = tasks[index // len(metrics)], metrics[index % len(metrics)]
         chosen = [row for row in rows if row["task"] == task and row["metric"] == metric]
         _draw_curves(panel, chosen, "steps", looks(methods))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if index < len(tasks):
-            panel.set_title(task)
-        if index >= len(tasks) * (len(metrics) - 1):
+        if task == tasks[0]:
+            panel.set_title(METRIC_NAMES[metric], fontsize="medium")
+        if task == tasks[-1]:
             panel.set_xlabel(AXIS_NAMES["steps"])
-        if index % len(tasks) == 0:
-            panel.set_ylabel(METRIC_NAMES[metric].replace(" on ", "\non ").replace(" with ", "\nwith "))
+        if metric == metrics[0]:
+            panel.set_ylabel(task)
     _legend(figure, _unique(rows, "method"), methods)
     return figure
 

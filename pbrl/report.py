@@ -113,7 +113,9 @@ def _scores_section(data: Comparison, tables: Tables) -> Section:
     ) + " ".join(
         f"The oracle reaches {_number(row['score'])} on {row['task']} ({row['sources']})." for row in tables["oracle"]
     )
-    return Section("Scores on each task", text, {}, (header, rows), "scores.csv, oracle.csv")
+    return Section(
+        "Scores on each task", text, {}, (header, rows), "scores.csv" + ", oracle.csv" * bool(tables["oracle"])
+    )
 
 
 def _aggregate_section(data: Comparison, tables: Tables) -> Section:
