@@ -26,7 +26,7 @@ import reprlib
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,13 +38,34 @@ from pbrl.types import Answer, Query, Segments
 
 log = logging.getLogger(__name__)
 
-Render = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # state [S], actions [H, act_dim] -> uint8 [T, height, width, 3]
+# state float64 [S], actions float32 [H, act_dim], numbers of steps taken, ascending in [0, H] -> as many pictures
+Render = Callable[[np.ndarray, np.ndarray, Sequence[int]], list[np.ndarray]]  # uint8 [height, width, 3] each
 
 
 class HTTPTeacherError(RuntimeError):
     """The server could not be reached, refused, or answered something that is not an answer."""
+
+
+class Renderer:
+    """Shows a segment again by stepping an environment of its own from the stored simulator state.
+
+    Args:
+        env: has `set_state(state)`, `step(action)` and `render() -> uint8 [height, width, 3]`; not the one that trains.
+    """
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+
+    def __call__(self, state: np.ndarray, actions: np.ndarray, moments: Sequence[int]) -> list[np.ndarray]:
+        """Pictures taken after these numbers of steps, ascending in [0, H]."""
+        self.env.set_state(state)
+        taken, pictures = 0, []
+        for moment in moments:
+            for action in actions[taken:moment]:
+                self.env.step(action)
+            taken = moment
+            pictures.append(self.env.render())
+        return pictures
 
 
 class HTTPTeacher:
@@ -59,8 +80,8 @@ class HTTPTeacher:
         retries: attempts after the first.
         backoff: seconds before the first retry; doubled at each further one, up to a minute.
         pairs_per_request: pairs in one request.
-        frames: rendered frames to send per segment, evenly spaced in time, the last one included; 0 sends none.
-        render: turns a simulator state and the actions taken from there into frames; needed if frames > 0.
+        frames: pictures to send per segment, evenly spaced in time, the last moment included; 0 sends none.
+        render: takes the pictures, a `Renderer` for instance; needed if frames > 0.
     """
 
     def __init__(
@@ -135,11 +156,13 @@ class HTTPTeacher:
         if self.frames:
             if self.render is None or query.states is None:
                 raise HTTPTeacherError(
-                    f"frames={self.frames} needs a renderer and stored simulator states, and this environment or run "
-                    "has none; set teacher.frames=0 to send observations and actions only"
+                    f"frames={self.frames} needs a renderer (teacher=http-frames has one) and an environment whose "
+                    "simulator states can be stored; teacher.frames=0 sends observations and actions only"
                 )
+            moments = np.unique(np.linspace(segments.horizon, 0, self.frames).round().astype(int)).tolist()
             for segment, state, actions in zip(shown, query.states[:, side], segments.actions, strict=True):
-                segment["frames"] = _pngs(self.render(state.numpy(), actions.numpy()), self.frames)
+                pictures = self.render(state.numpy(), actions.numpy(), moments)
+                segment["frames"] = [_png(picture) for picture in pictures]
         return shown
 
     def _post(self, body: bytes, limit: int) -> bytes:
@@ -221,12 +244,8 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
     return opener
 
 
-def _pngs(video: np.ndarray, count: int) -> list[str]:
-    """`count` frames of a uint8 [T, height, width, 3] video, evenly spaced, the last included, as base64 PNG."""
-    chosen = np.unique(np.linspace(len(video) - 1, 0, count).round().astype(int))
-    files = []
-    for index in chosen:
-        file = io.BytesIO()
-        Image.fromarray(video[index]).save(file, format="png")
-        files.append(base64.b64encode(file.getvalue()).decode())
-    return files
+def _png(picture: np.ndarray) -> str:
+    """A base64 PNG file of a uint8 [height, width, 3] picture."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="png")
+    return base64.b64encode(file.getvalue()).decode()

@@ -24,7 +24,7 @@ class RecordedTeacher:
 
     A pair is known if the float32 values of both its segments equal the stored ones bit for bit, in either order. Such
     pairs come from the run that was recorded and from runs that repeat its steps. A run of another method asks
-    about other segments: start that one from the data set itself with `feedback.import=FILE`.
+    about other segments: start that one from the data set itself with `import_preferences=FILE`.
 
     A pair that was answered several times gets the mean of its labels.
 

@@ -10,10 +10,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from envs.pointmass import PointMass
 from pbrl.types import Query, Segments
 from teachers.http import HTTPTeacher, HTTPTeacherError
 
@@ -131,18 +133,39 @@ def test_an_empty_query_asks_nobody() -> None:
     assert len(HTTPTeacher("http://127.0.0.1:1/")(query(0))) == 0
 
 
-def test_rendered_frames_are_sent_as_png() -> None:
-    def render(state: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Frame t is all (10 state + t)."""
-        shades = 10 * state[0] + np.arange(len(actions) + 1)
-        return np.broadcast_to(shades[:, None, None, None], (len(shades), 8, 6, 3)).astype(np.uint8)
+def pictures(request: Any, pair: int, side: str) -> list[np.ndarray]:
+    files = request["pairs"][pair][side]["frames"]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(file)))) for file in files]
+
+
+def test_pictures_are_sent_as_png_evenly_spaced_in_order_of_time() -> None:
+    def render(state: np.ndarray, actions: np.ndarray, moments: Sequence[int]) -> list[np.ndarray]:
+        return [np.full((8, 6, 3), 10 * state[0] + moment, np.uint8) for moment in moments]
 
     with always(answers(1, 1)) as server:
-        teacher(server, frames=2, render=render)(query(2, states=True))
-    frames = server.requests[0]["pairs"][1]["second"]["frames"]
-    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame)))) for frame in frames]
-    assert [image.shape for image in images] == [(8, 6, 3)] * 2
-    assert [image[0, 0, 0] for image in images] == [30, 33]  # state 3: the first and the last frame
+        for frames in (1, 2, 3, 99):
+            teacher(server, frames=frames, render=render)(query(2, states=True))
+    shades = [[int(p[0, 0, 0]) for p in pictures(request, 1, "second")] for request in server.requests]
+    assert shades == [[33], [30, 33], [30, 32, 33], [30, 31, 32, 33]]  # state 3, after 0 to 3 steps
+    assert pictures(server.requests[0], 0, "first")[0].shape == (8, 6, 3)
+
+
+def test_the_pictures_are_those_of_the_episode() -> None:
+    with hydra.initialize_config_module("pbrl.conf", version_base="1.3"):
+        config = hydra.compose(
+            "train", overrides=["env=pointmass", "teacher=http-frames", "teacher.url=http://127.0.0.1:1/"]
+        )
+    renderer = hydra.utils.instantiate(config.teacher, _convert_="all").render
+    env = PointMass()
+    env.reset(seed=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 2)).astype(np.float32)
+    state, seen = env.get_state(), [env.render()]
+    for action in actions:
+        env.step(action)
+        seen.append(env.render())
+    shown = renderer(state, actions, [0, 4, 6])
+    assert all(np.array_equal(shown[i], seen[moment]) for i, moment in enumerate((0, 4, 6)))
+    assert not np.array_equal(seen[0], seen[6])
 
 
 def test_frames_without_a_renderer_or_states_are_an_error_that_helps() -> None:
