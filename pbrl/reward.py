@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pbrl.losses import bradley_terry_loss, correct, preference_logits
 from pbrl.types import Segments
+
+if TYPE_CHECKING:
+    from pbrl.preferences import Preferences
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.01),
@@ -121,6 +125,29 @@ class RewardEnsemble(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def answer_loss(
+    reward: RewardEnsemble,
+    member: int,
+    first: Segments,
+    second: Segments,
+    labels: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of one member on B answered pairs, as `MemberLoss` returns it.
+
+    Args:
+        labels: in [0, 1], float32 [B].
+        kept: the steps of each first and second segment that count, bool [B, H] each; None: all.
+    """
+    device = reward.device
+    rewards = [reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second)]
+    if kept is not None:
+        rewards = [r * k.to(device) for r, k in zip(rewards, kept, strict=True)]
+    labels = labels.to(device)
+    hits, decided = correct(preference_logits(*(r.detach() for r in rewards)), labels)
+    return bradley_terry_loss(*rewards, labels), hits, decided
+
+
 class MemberLoss(Protocol):
     """Loss of one member on the preference pairs at `index`: (loss [], right answers [], decided labels [])."""
 
@@ -165,7 +192,7 @@ def train_epochs(
             for m in members:
                 index = orders[m][start : start + batch_size]
                 value, right, counted = loss(m, index)
-                value.backward()  # members share no parameters: the sum's gradient, one member at a time
+                value.backward()  # gradients add up: the sum's, one member at a time
                 losses += value.detach().cpu() * len(index)
                 hits += right.cpu()
                 decided += counted.cpu()
@@ -179,3 +206,29 @@ def train_epochs(
         if accuracy > stop_accuracy:
             break
     return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}
+
+
+def train_on_answers(
+    reward: RewardEnsemble,
+    preferences: Preferences,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    stop_accuracy: float,
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    """PEBBLE's whole update: cross-entropy of every member on all answers, by `train_epochs`."""
+    first, second, labels = preferences.first, preferences.second, preferences.prefers_first
+
+    def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        return answer_loss(reward, member, first[index], second[index], labels[torch.from_numpy(index)])
+
+    return train_epochs(
+        reward,
+        loss,
+        len(preferences),
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        stop_accuracy=stop_accuracy,
+        rng=rng,
+    )

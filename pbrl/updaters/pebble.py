@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from pbrl.losses import bradley_terry_loss, correct, preference_logits
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, train_epochs
+from pbrl.reward import RewardEnsemble, train_on_answers
 from pbrl.types import Session
 
 
@@ -31,19 +26,9 @@ class Pebble:
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member on all answers; returns `train_epochs`' metrics."""
-        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
-
-        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-            a, b, y = first[index], second[index], labels[torch.from_numpy(index)].to(reward.device)
-            left = reward.member(member, a.obs.to(reward.device), a.actions.to(reward.device))
-            right = reward.member(member, b.obs.to(reward.device), b.actions.to(reward.device))
-            hits, decided = correct(preference_logits(left.detach(), right.detach()), y)
-            return bradley_terry_loss(left, right, y), hits, decided
-
-        return train_epochs(
+        return train_on_answers(
             reward,
-            loss,
-            len(preferences),
+            preferences,
             batch_size=self.batch_size,
             max_epochs=self.epochs,
             stop_accuracy=self.stop_accuracy,
