@@ -37,6 +37,7 @@ from pbrl.types import Params
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
+DIVERGED = 1e8  # |Q|: no task here pays more than 1e5 an episode
 METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
 
 
@@ -179,6 +180,8 @@ class PreferenceSAC(SAC):
             draw = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
             raw_tensor = mean + log_std.exp() * draw
             raw, scaled = raw_tensor.cpu().numpy(), torch.tanh(raw_tensor).cpu().numpy()
+            if not np.isfinite(scaled).all():
+                raise self._diverged("the policy's action", float("nan"))
         state = self.training_env.get_state() if self.rollouts is not None and self._has_states else np.zeros(0)
         self._pending = (raw, state)
         return self.policy.unscale_action(scaled), scaled
@@ -204,6 +207,8 @@ class PreferenceSAC(SAC):
             )
         if self.reward_fn is not None:
             reward = self.reward_fn(obs, buffer_action)
+            if not np.isfinite(reward).all():
+                raise self._diverged("the learned reward", float(reward[0]))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     @property
@@ -326,19 +331,26 @@ class PreferenceSAC(SAC):
         self.critic.optimizer.state.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the updates since the last call; raises FloatingPointError if one of them is not finite."""
+        """Means over the updates since the last call.
+
+        Raises:
+            FloatingPointError: if one of them is not finite, or the critics' values left every sensible range.
+        """
         if not self._summed:
             return {}
         values = dict(zip(METRICS, (self._sums / self._summed).tolist(), strict=True))
         self._sums.zero_()
         self._summed = 0
         for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} became {value} before update {self._n_updates} (environment step {self.num_timesteps}): "
-                    "the agent diverged; a lower agent.learning_rate or reward.output=tanh usually helps"
-                )
+            if not math.isfinite(value) or (name == "train/q_mean" and abs(value) > DIVERGED):
+                raise self._diverged(name, value)
         return values
+
+    def _diverged(self, name: str, value: float) -> FloatingPointError:
+        return FloatingPointError(
+            f"{name} became {value:g} before update {self._n_updates} (environment step {self.num_timesteps}): "
+            "the agent diverged; a new run with a lower agent.learning_rate or reward.output=tanh usually helps"
+        )
 
     # ------------------------------------------------------------------------------------------------ exact resume
 

@@ -6,10 +6,12 @@ flushed to the disk; after a resume the same query is answered from the journal 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,27 @@ import torch
 
 from pbrl.types import Answer, Query, Teacher
 
+ROOM, ROOM_PER_PAIR = 16_384, 64  # bytes of a line: key and teacher's state; one label
+
 
 class TeacherError(RuntimeError):
     """A teacher failed or answered something that is not an answer; the message names it and the pair."""
 
 
-def ask(teacher: Teacher, query: Query, journal: AnswerJournal) -> Answer:
+def ask(
+    teacher: Teacher, query: Query, journal: AnswerJournal, on_asking: Callable[[bool], None] = lambda asking: None
+) -> Answer:
     """The teacher's answer to the query, checked and in the journal when this returns.
+
+    `on_asking` hears when the teacher is busy: only then may the caller interrupt without losing an answer. The room
+    that the answer needs on the disk is taken before the teacher is asked.
 
     If the journal holds the answer already (the run was killed after it), it is returned, the teacher's state
     after it is restored, and the teacher is not asked. Labels of skipped pairs are returned as 0.5.
 
     Raises:
         TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
+        OSError: if there is no room to write the answer down; the teacher has not been asked then.
     """
     name = teacher_name(teacher)
     known = journal.recall(query)
@@ -38,18 +48,22 @@ def ask(teacher: Teacher, query: Query, journal: AnswerJournal) -> Answer:
         if state is not None and hasattr(teacher, "load_state_dict"):
             teacher.load_state_dict(state)
         return answer
-    try:
-        answer = teacher(query)
-    except Exception as error:
-        raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
-    check_answer(answer, query, name)
-    given = answer.given.cpu()
-    answer = Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
-    state = teacher.state_dict() if hasattr(teacher, "state_dict") else None
-    try:
-        journal.append(query, answer, state)
-    except (TypeError, ValueError) as error:
-        raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
+    with journal.room_for(query):
+        on_asking(True)
+        try:
+            answer = teacher(query)
+        except Exception as error:
+            raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
+        finally:
+            on_asking(False)
+        check_answer(answer, query, name)
+        given = answer.given.cpu()
+        answer = Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
+        state = teacher.state_dict() if hasattr(teacher, "state_dict") else None
+        try:
+            journal.append(query, answer, state)
+        except (TypeError, ValueError) as error:
+            raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
     return answer
 
 
@@ -110,6 +124,7 @@ class AnswerJournal:
         self.path = Path(path)
         self.path.touch()
         self._entries = _intact_lines(self.path)
+        self._end = self.path.stat().st_size  # of the last intact line
         self.position = min(position, len(self._entries))
 
     def recall(self, query: Query) -> tuple[Answer, dict[str, Any] | None] | None:
@@ -127,6 +142,26 @@ class AnswerJournal:
                 return answer, entry["teacher"]
         return None
 
+    @contextlib.contextmanager
+    def room_for(self, query: Query) -> Iterator[None]:
+        """Within the block the disk has room for the answer to this query: a full disk cannot lose it.
+
+        The room is zeros at the end of the file; those of a killed run are cut off like a torn line.
+        """
+        try:
+            self._write(b"\0" * (ROOM + ROOM_PER_PAIR * len(query)))
+            yield
+        finally:
+            os.truncate(self.path, self._end)
+
+    def _write(self, data: bytes) -> None:
+        """Put data behind the last line, durably."""
+        with self.path.open("r+b") as file:
+            file.seek(self._end)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
     def append(self, query: Query, answer: Answer, state: dict[str, Any] | None) -> None:
         """Write down one answer. It is on the disk when this returns."""
         entry = {
@@ -135,11 +170,9 @@ class AnswerJournal:
             "given": answer.given.tolist(),
             "teacher": state,
         }
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        line = (json.dumps(entry, allow_nan=False) + "\n").encode()
+        self._write(line)
+        self._end += len(line)
         self._entries.append(entry)
         self.position = len(self._entries)
 

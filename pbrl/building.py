@@ -20,12 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.asking import AnswerJournal
 from pbrl.checkpoint import write_atomically
-from pbrl.configuration import ConfigError, check_keys, check_resumed
+from pbrl.configuration import ConfigError, check, check_arguments, check_resumed
 from pbrl.evaluation import OracleCurve
 from pbrl.loggers import JsonLines, Loggers, Sink
 from pbrl.loop import Evaluation, Feedback, Loop, Parts, Pretraining
 from pbrl.preferences import Preferences
 from pbrl.rollouts import Rollouts
+from pbrl.stored import changes, read_config
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
 Made = TypeVar("Made")
@@ -37,25 +38,24 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
     Raises:
         ConfigError: one line naming the key, its value and what is expected.
     """
-    check_keys(cfg)
+    check(cfg)
     resume = None if cfg.resume is None else Path(cfg.resume)
     if resume is not None:
-        cfg, choices = _stored_config(resume, overrides)
-        check_keys(cfg)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]} must be given, for example {missing[0]}=…")
+        stored, choices = read_config(resume, list(cfg.trust))
+        cfg = check_resumed(stored, overrides)
+        check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     parts_of = _Builder(cfg, choices, run_dir)
     loop = parts_of.loop()
     if resume is None:
-        _write_origin(run_dir, cfg, choices)
+        _refuse(lambda: _write_origin(run_dir, cfg, choices))
     else:
-        _compare_versions(run_dir)
+        _refuse(lambda: _compare_versions(run_dir))
         loop.load()
+        _compare_configs(run_dir)
     print(
-        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {choices.get('teacher', '')} · "
+        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {cfg.teacher._target_} · "
         f"seed {cfg.seed} · {loop.agent.device} with {torch.get_num_threads()} thread(s) · {run_dir}"
         + (f" · resumed at step {loop.step}" if resume else "")
     )
@@ -88,6 +88,7 @@ class _Builder:
         return _refuse(lambda: instantiate(node, _convert_="all", **passed))
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
+        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.loop.{kind.__name__}"}, self.cfg[name]))  # type: ignore[attr-defined]
         values = OmegaConf.to_container(self.cfg[name], resolve=True)
         return _refuse(lambda: kind(**values))  # type: ignore[arg-type]
 
@@ -107,7 +108,7 @@ class _Builder:
                 f"checkpoint_every={cfg.checkpoint_every} is more than the {min(capacity, agent.buffer_size)} steps "
                 "kept (feedback.memory_steps, agent.buffer_size); lower it"
             )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
         parts = Parts(
             agent=agent,
             eval_env=eval_env,
@@ -118,7 +119,7 @@ class _Builder:
             updater=updater,
             preferences=self._preferences(),
             loggers=self._loggers(),
-            journal=AnswerJournal(self.run_dir / "answers.jsonl"),
+            journal=_refuse(lambda: AnswerJournal(self.run_dir / "answers.jsonl")),
         )
         return Loop(
             parts=parts,
@@ -142,7 +143,10 @@ class _Builder:
         name = self.cfg.device
         if name == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
-        return str(_refuse(lambda: torch.device(name)))
+        try:
+            return str(torch.device(name))
+        except RuntimeError as error:
+            raise ConfigError(f"device={name}; expected auto, cpu, cuda or cuda:N") from error
 
     def _check_horizon(self, env: Any, updater: Any) -> None:
         horizon = getattr(env, "horizon", None) or getattr(env.spec, "max_episode_steps", None)
@@ -151,7 +155,7 @@ class _Builder:
             raise ConfigError(f"segment_length={needed} is longer than an episode of {horizon} steps; shorten it")
 
     def _preferences(self) -> Preferences:
-        about = {"env": self.choices.get("env"), "teacher": self.choices.get("teacher"), "seed": self.cfg.seed}
+        about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
         preferences = Preferences(about)
         if self.cfg.import_preferences is not None:
             imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences))
@@ -163,7 +167,7 @@ class _Builder:
         if self.cfg.logger.get("_target_") is not None:
             config = OmegaConf.to_container(self.cfg, resolve=True)
             remote.append(self.make("logger", run_dir=self.run_dir, config=config, choices=self.choices))
-        return Loggers(JsonLines(self.run_dir / "metrics.jsonl"), remote)
+        return Loggers(_refuse(lambda: JsonLines(self.run_dir / "metrics.jsonl")), remote)
 
     def _oracle(self) -> OracleCurve | None:
         given = self.cfg.oracle
@@ -180,20 +184,14 @@ class _Builder:
 
 
 def _run_dir(cfg: DictConfig, choices: dict[str, str]) -> Path:
+    for group, choice in choices.items():
+        if ".." in Path(str(choice)).parts or Path(str(choice)).is_absolute():
+            raise ConfigError(f"{group}={choice} would lead out of the folder of runs; name an option of this group")
     name = f"{choices.get('updater', 'custom')}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(cfg.run_dir or f"runs/{choices.get('env', 'custom')}/{name}")
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"run_dir={run_dir} already holds a run; continue it with resume={run_dir} or name another")
     return run_dir
-
-
-def _stored_config(run_dir: Path, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"resume={run_dir}: there is no run (no config.yaml in it)")
-    stored = _refuse(lambda: OmegaConf.load(path))
-    choices = stored.pop("choices", {})
-    return check_resumed(stored, overrides), dict(choices)  # type: ignore[arg-type]
 
 
 def versions() -> dict[str, str]:
@@ -219,7 +217,17 @@ def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> No
 def _compare_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is damaged: it holds no table of versions")
     now = versions()
     changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         print(f"resuming with other versions, so not bit for bit: {', '.join(changed)}")
+
+
+def _compare_configs(run_dir: Path) -> None:
+    """Say which values of config.yaml were edited since the newest checkpoint."""
+    stored = [folder / "config.yaml" for folder in sorted((run_dir / "checkpoints").glob("step_*"))]
+    changed = changes(stored[-1], run_dir / "config.yaml") if stored and stored[-1].exists() else []
+    if changed:
+        print(f"config.yaml was edited since the checkpoint, so not bit for bit: {', '.join(changed)}")

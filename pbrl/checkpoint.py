@@ -1,12 +1,13 @@
 """Exact checkpoints: what a run needs to go on as if it had never stopped.
 
-    RUN/checkpoints/step_000012000/   manifest.json (sizes, checksums, written last), run.json, state.pt, arrays.npz
-    RUN/steps/replay-00003.bin        append-only rows of the replay and the rollouts, shared by all checkpoints
+    RUN/checkpoints/step_000000012000/   manifest.json (sizes, checksums; written last), run.json, state.pt, arrays.npz,
+                                         config.yaml (as it was then)
+    RUN/steps/replay-00003.bin           append-only rows of the replay and the rollouts, shared by all checkpoints
 
 A checkpoint is written beside and renamed; the last two are kept. Steps never change once taken, so they are appended
 to files of their own (relabelled rewards, which do change, lie in the checkpoint): the disk holds the replay once and
-a checkpoint costs what is new. Loading executes no code: torch files are loaded with `weights_only=True`, npz with
-`allow_pickle=False`, everything else is JSON.
+a checkpoint costs what is new. A state with a number that is not finite is never written. Loading executes no code:
+torch files are loaded with `weights_only=True`, npz with `allow_pickle=False`, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2  # checkpoints
 FILE_ROWS = 65_536  # rows in one append-only file
 
@@ -50,6 +52,45 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     beside.replace(path)
     fsync_folder(path.parent)
+
+
+def non_finite(values: Any, name: str = "") -> str | None:
+    """Path of the first number in nested dicts, lists and tensors that is NaN or infinite, such as policy/mu.weight."""
+    if isinstance(values, torch.Tensor | float):
+        value = torch.as_tensor(values)
+        return None if bool(torch.isfinite(value).all()) else name
+    if isinstance(values, Mapping):
+        items = [(f"{name}/{key}" if name else str(key), value) for key, value in values.items()]
+    elif isinstance(values, list | tuple):
+        items = [(f"{name}[{index}]", value) for index, value in enumerate(values)]
+    else:
+        return None
+    return next((found for key, value in items if (found := non_finite(value, key))), None)
+
+
+def global_generators() -> dict[str, Any]:
+    """States of the generators that belong to nobody (torch's, numpy's, Python's): a user's own part may draw there."""
+    version, words, gauss = random.getstate()
+    table: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    key = torch.from_numpy(table["state"]["key"].astype(np.int64))
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {**table, "state": {**table["state"], "key": key}},
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_global_generators(state: Mapping[str, Any]) -> None:
+    """Undo `global_generators`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    table = state["numpy"]
+    key = table["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**table, "state": {**table["state"], "key": key}})  # noqa: NPY002
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
 
 
 class StepLog:
@@ -88,6 +129,7 @@ class StepLog:
                 f"{self.capacity}; lower checkpoint_every"
             )
         self.folder.mkdir(exist_ok=True)
+        start = self.written
         while self.written < total:
             index = self.written // FILE_ROWS
             last = min(total, (index + 1) * FILE_ROWS)
@@ -100,6 +142,8 @@ class StepLog:
                 os.fsync(file.fileno())
             self.sums[index] = zlib.crc32(data, self.sums.get(index, 0))
             self.written = last
+        if start < total:
+            fsync_folder(self.folder)
         return {"rows": self.written, "row_bytes": self.row_bytes, "sums": {str(k): v for k, v in self.sums.items()}}
 
     def forget_before(self, row: int) -> None:
@@ -156,42 +200,75 @@ def save_checkpoint(
         step: environment step; names the folder.
         run: plain JSON values. state: tensors and plain values. arrays: numpy arrays without objects.
         logs: step logs with the number of rows each holds now.
+
+    Raises:
+        FloatingPointError: if a number in `state` is not finite; the checkpoints before it stay.
     """
+    if found := non_finite(state):
+        raise FloatingPointError(f"{found} is not finite at step {step}: the run diverged; it is not saved")
     folder = run_dir / "checkpoints"
     folder.mkdir(exist_ok=True)
+    for left_over in folder.glob(".*.tmp"):  # of a save that was killed
+        shutil.rmtree(left_over)
     records = {log.name: log.append(total) for log, total in logs}
-    name = f"step_{step:012d}"
-    beside = folder / f".{name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    target = _unused(folder, f"step_{step:012d}")
+    beside = folder / f".{target.name}.tmp"
     beside.mkdir()
     (beside / "run.json").write_text(json.dumps(dict(run)))
     torch.save(dict(state), beside / "state.pt")
     with (beside / "arrays.npz").open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
-    files = {}
-    for path in sorted(beside.iterdir()):
-        data = path.read_bytes()
-        files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    manifest = {"format": FORMAT, "step": step, "files": files, "steps": records}
-    write_atomically(beside / "manifest.json", json.dumps(manifest).encode())
-    target = folder / name
-    if target.exists():
-        shutil.rmtree(target)
+    if (run_dir / "config.yaml").exists():
+        shutil.copyfile(run_dir / "config.yaml", beside / "config.yaml")
+    _write_manifest(beside, step, records)
     beside.rename(target)
     fsync_folder(folder)
     _drop_old(folder, [log for log, _ in logs])
     return target
 
 
+def _unused(folder: Path, name: str) -> Path:
+    """`name`, or where the run was saved at this step before, name.001, …: no checkpoint is ever replaced."""
+    taken = sorted(path.name for path in folder.glob(f"{name}*"))
+    if not taken:
+        return folder / name
+    return folder / f"{name}.{int(taken[-1].partition('.')[2] or 0) + 1:03d}"
+
+
+def _write_manifest(folder: Path, step: int, records: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    content = {"format": FORMAT, "step": step, "files": files, "steps": dict(records)}
+    manifest = {**content, "sha256": _digest(content)}
+    write_atomically(folder / "manifest.json", json.dumps(manifest).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError("its manifest.json was not written by pbrl")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']!r}; this version of pbrl reads {FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError("manifest.json is damaged")
+    return manifest
+
+
 def _drop_old(folder: Path, logs: Sequence[StepLog]) -> None:
     kept = sorted(folder.glob("step_*"))
     for old in kept[:-KEPT]:
         shutil.rmtree(old)
-    manifest = json.loads((kept[-KEPT:][0] / "manifest.json").read_text())
+    oldest = _read_manifest(kept[-KEPT:][0])
     for log in logs:
-        log.forget_before(manifest["steps"][log.name]["rows"] - log.capacity)
+        log.forget_before(oldest["steps"][log.name]["rows"] - log.capacity)
 
 
 class Loaded:
@@ -199,9 +276,7 @@ class Loaded:
 
     def __init__(self, folder: Path, logs: Sequence[StepLog]) -> None:
         self.folder = folder
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError("its manifest is of another format")
+        manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
             data = (folder / Path(name).name).read_bytes()
             if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
@@ -214,18 +289,36 @@ class Loaded:
             log.load(manifest["steps"][log.name])
 
 
-def load_latest(run_dir: Path, logs: Sequence[StepLog] = ()) -> Loaded:
+def load_latest(run_dir: Path, logs: Sequence[StepLog] = (), restore: Callable[[Loaded], None] | None = None) -> Loaded:
     """The newest checkpoint that is whole; damaged ones are named on the console and passed over.
+
+    Args:
+        logs: step logs to fill.
+        restore: takes the checkpoint over to go on from it; if it fails, the checkpoint counts as damaged. Damaged
+            ones that are newer than the one restored are set aside as damaged_…, so that they never count as kept.
 
     Raises:
         CheckpointError: if there is none.
     """
-    problems = []
+    problems: list[str] = []
+    passed_over: list[Path] = []
     for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
         try:
-            return Loaded(folder, logs)
+            loaded = Loaded(folder, logs)
+            if restore is not None:
+                restore(loaded)
         except Exception as error:  # any damage to any file must only lead to the previous checkpoint
-            problems.append(f"{folder.name}: {error}")
-            print(f"checkpoint {folder.name} cannot be used ({error}); trying the one before")
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            problems.append(f"{folder.name}: {reason}")
+            passed_over.append(folder)
+            print(f"checkpoint {folder.name} cannot be used ({reason}); trying the one before")
+            continue
+        if restore is not None:
+            for damaged in passed_over:
+                damaged.rename(_unused(damaged.parent, f"damaged_{damaged.name}"))
+        return loaded
     detail = "; ".join(problems) if problems else "it has none yet"
-    raise CheckpointError(f"no usable checkpoint in {run_dir} ({detail}); start the run anew with another run_dir")
+    raise CheckpointError(
+        f"no usable checkpoint in {run_dir} ({detail}); start anew with another run_dir, and with "
+        f"import_preferences={run_dir / 'preferences.npz'} if there is that file: no answer need be given twice"
+    )

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it prints what we raise
 
 GROUPS = ("env", "agent", "reward", "query", "teacher", "updater", "logger")
 CONF = Path(__file__).parent / "conf"
@@ -22,6 +28,19 @@ PASSED = {
     "agent": {"env", "seed", "device"},
     "reward": {"obs_dim", "act_dim", "seed"},
     "logger": {"run_dir", "config", "choices"},
+}
+TYPES = {
+    "total_steps": int,
+    "seed": int,
+    "run_dir": str | None,
+    "resume": str | None,
+    "device": str,
+    "threads": int | None,
+    "segment_length": int,
+    "checkpoint_every": int,
+    "log_every": int,
+    "oracle": str | None,
+    "import_preferences": str | None,
 }
 MAY_CHANGE = ("total_steps", "checkpoint_every", "threads", "device", "eval.episodes")  # when a run is resumed
 
@@ -64,19 +83,28 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"{what} {name} does not exist; {hint}there are: {', '.join(known)}")
 
 
-def check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that nothing reads.
+def check(cfg: DictConfig) -> None:
+    """Refuse keys that nothing reads, values that are missing, and values of the wrong type.
 
     Raises:
-        ConfigError: naming the key, the nearest one that exists, and all that exist.
+        ConfigError: naming the key, its value, what is expected, and for a misspelt key all that exist.
     """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
     default = OmegaConf.load(CONF / "train.yaml")
     assert isinstance(default, DictConfig)
     top = ({str(key) for key in default} - {"defaults", "hydra"}) | set(GROUPS)
     for key in map(str, cfg):
         if key not in top:
             raise _unknown("key", key, top)
+    for key, kind in TYPES.items():
+        _check_type(key, cfg.get(key), kind)
     for section in ("feedback", "pretraining", "eval"):
+        if not isinstance(cfg[section], DictConfig):
+            raise ConfigError(
+                f"{section}={cfg[section]}; expected keys such as {section}.{next(iter(default[section]))}"
+            )
         for key in map(str, cfg[section]):
             if key not in default[section]:
                 raise _unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in default[section]])
@@ -98,14 +126,74 @@ def _check_target(name: str, node: DictConfig) -> None:
     try:
         target = get_object(node["_target_"])
     except Exception as error:  # Hydra wraps whatever the import raises
-        raise ConfigError(f"{name}._target_={node['_target_']} cannot be imported: {error}".split("\n")[0]) from error
+        reason = str(error.__cause__ or error).split("\n")[0]
+        raise ConfigError(f"{name}._target_={node['_target_']} cannot be imported: {reason}") from error
     parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = set(parameters) - PASSED.get(name, set())
-    for key in map(str, node):
-        if not key.startswith("_") and key not in known:
+    hints = type_hints(target)
+    for key, value in node.items():
+        if str(key).startswith("_"):
+            continue
+        if key not in known and not open_ended:
             raise _unknown("key", f"{name}.{key}", [f"{name}.{parameter}" for parameter in known])
+        _check_type(f"{name}.{key}", value, hints.get(str(key), Any))
+
+
+def type_hints(target: Any) -> dict[str, Any]:
+    """Annotations of what a call of `target` takes, resolved; empty where they cannot be."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
+
+
+def _check_type(key: str, value: Any, kind: Any) -> None:
+    """Compare a plain value with int, float, bool, str, None and unions of them; other annotations are left alone."""
+    kinds = (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
+    if not all(k in (int, float, bool, str, type(None)) for k in kinds):
+        return
+    accepted = set(kinds) | ({int} if float in kinds else set())
+    if type(value) not in accepted:
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise ConfigError(f"{key}={value} is a {type(value).__name__}; expected {names}")
+
+
+def first_error(arguments: list[str]) -> str | None:
+    """One line about what Hydra would refuse in these command-line overrides, or None.
+
+    Hydra explains a wrong option in a page; this composes the config beforehand to say it in a line.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, MissingConfigException
+
+    try:
+        with initialize_config_module("pbrl.conf", version_base="1.3"):
+            compose("train", overrides=arguments)
+    except MissingConfigException as error:
+        if error.options is None or error.missing_cfg_file is None:
+            return str(error).split("\n")[0]
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return str(_unknown(f"{group} option", name, error.options))
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line for line in str(error.__cause__ or error).split("\n") if line]
+        if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+            key = str(error.__cause__.full_key)
+            with initialize_config_module("pbrl.conf", version_base="1.3"):
+                section = OmegaConf.select(compose("train"), key.rpartition(".")[0]) if "." in key else compose("train")
+            prefix = key.rpartition(".")[0]
+            known = [f"{prefix}.{name}" if prefix else str(name) for name in section]
+            return str(_unknown("key", key, known))
+        return lines[0]
+    finally:
+        GlobalHydra.instance().clear()
+    return None
 
 
 def check_resumed(stored: DictConfig, overrides: list[str]) -> DictConfig:
@@ -114,7 +202,8 @@ def check_resumed(stored: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: naming each key that may not change.
     """
-    changes = [override for override in overrides if not override.lstrip("+").startswith(("resume=", "run_dir="))]
+    not_stored = ("resume=", "run_dir=", "trust=")
+    changes = [override for override in overrides if not override.lstrip("+").startswith(not_stored)]
     refused = [c for c in changes if c.lstrip("+").split("=")[0] not in MAY_CHANGE and not c.startswith("logger")]
     if refused:
         raise ConfigError(

@@ -5,6 +5,7 @@ A sink has `log(row)`, `video(name, path, env_step)` and `close(summary)`; a row
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -31,20 +32,26 @@ class JsonLines:
     """`metrics.jsonl`: one flushed line per row, never rewritten, except that resuming cuts what lies after it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # nothing stays behind in memory when the disk is full
 
-    @property
-    def position(self) -> int:
-        """Bytes written so far."""
+    def sync(self) -> int:
+        """Make every row durable; returns the bytes written so far."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, size: int) -> None:
         """Cut what was written after the first `size` bytes: a resumed run writes it again."""
-        self._file.truncate(size)
+        held = self._file.seek(0, os.SEEK_END)
+        if held < size:
+            print(f"{self._file.name} has lost {size - held} bytes since the checkpoint; the rows in them are gone")
+        else:
+            self._file.truncate(size)
+            self._file.seek(0, os.SEEK_END)
 
     def log(self, row: Row) -> None:
-        self._file.write(json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        if self._file.write(line.encode()) < len(line.encode()):
+            raise OSError(errno.ENOSPC, "no space left for the log", str(self._file.name))
 
     def video(self, name: str, path: Path, env_step: int) -> None:
         self.log({"env_step": env_step, name: str(path)})

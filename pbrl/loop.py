@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 from pbrl.agent import PreferenceSAC
 from pbrl.asking import AnswerJournal, TeacherError, ask
-from pbrl.checkpoint import StepLog, load_latest, save_checkpoint, write_atomically
+from pbrl.checkpoint import (
+    Loaded,
+    StepLog,
+    global_generators,
+    load_latest,
+    non_finite,
+    restore_global_generators,
+    save_checkpoint,
+    write_atomically,
+)
 from pbrl.evaluation import OracleCurve, evaluate, rank_correlation, reward_health
 from pbrl.exploration import StateEntropy
 from pbrl.loggers import Loggers, plain
@@ -216,7 +225,8 @@ class Loop:
                 if self.step >= self.due.eval:
                     self._evaluate()
                 if self.step >= self.total_steps:
-                    self._log_training()
+                    if self.due.log < self.step + self.log_every:  # else a finished run was resumed
+                        self._log_training()
                     break
                 if self.asks and self.step >= self.due.feedback:
                     self._feedback_session()
@@ -249,27 +259,36 @@ class Loop:
             self.bar.n = self.step
             self.bar.update(0)
         if self.stop():
-            self.save()
-            raise Stopped
+            self._save_and_stop()
 
     def _feedback_session(self) -> None:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
         parts = self.parts
-        if self.pending is None:
-            self.pending = self._select()
-        answer = self._ask(self.pending)
-        metrics = reward_health(parts.reward, self.pending, answer)
-        parts.preferences.add(self.pending, answer, self.sessions)
-        self.pending = None
+        metrics: dict[str, float] = {}
+        if self._left():  # imported answers may have used the budget up
+            if self.pending is None:
+                self.pending = self._select()
+            answer = self._ask(self.pending)
+            metrics |= reward_health(parts.reward, self.pending, answer)
+            parts.preferences.add(self.pending, answer, self.sessions)
+            self.session.new_pairs = int(answer.given.sum())
+            self.pending = None
         self.sessions += 1
         if len(parts.preferences):
             metrics |= parts.updater.update(parts.reward, parts.preferences, self.session)
+            if found := non_finite(parts.reward.state_dict()):
+                raise FloatingPointError(
+                    f"the learned reward diverged in session {self.sessions}: {found} is not finite"
+                )
             self.agent.replay_buffer.relabel(self._pay)
         self._after_update()
         metrics |= self._feedback_metrics()
-        spent = parts.preferences.asked >= self.feedback.budget
-        self.due.feedback = self.total_steps + 1 if spent else self.step + self.feedback.every
+        self.due.feedback = self.step + self.feedback.every if self._left() else self.total_steps + 1
         self._log(metrics)
+
+    def _left(self) -> int:
+        """Pairs that the budget still allows."""
+        return max(self.feedback.budget - self.parts.preferences.asked, 0)
 
     def _select(self) -> Query:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out first."""
@@ -297,16 +316,24 @@ class Loop:
         return 0 if rule.recent_episodes is None else self.parts.rollouts.since_episodes(rule.recent_episodes)
 
     def _ask(self, query: Query) -> Answer:
-        self.on_asking(True)
+        """The answer, unless asking fails or is interrupted: then the questions are saved and will be asked again."""
+        teacher: Any = self.parts.teacher
+        if self.stop():
+            self._save_and_stop()
+        before = teacher.state_dict() if hasattr(teacher, "state_dict") else None
         try:
-            return ask(self.parts.teacher, query, self.parts.journal)
+            return ask(teacher, query, self.parts.journal, self.on_asking)
         except (TeacherError, KeyboardInterrupt) as error:
-            self.save()  # the questions are part of it: they will be asked again
+            if before is not None and hasattr(teacher, "load_state_dict"):
+                teacher.load_state_dict(before)  # it may have drawn random numbers before it failed
             if isinstance(error, KeyboardInterrupt):
-                raise Stopped from error
+                self._save_and_stop()
+            self.save()
             raise
-        finally:
-            self.on_asking(False)
+
+    def _save_and_stop(self) -> NoReturn:
+        self.save()
+        raise Stopped
 
     def _after_update(self) -> None:
         """The agent's answer to a new reward: a fresh start after pretraining, and the updates that fresh steps owe."""
@@ -412,11 +439,11 @@ class Loop:
             "rngs": [rng.bit_generator.state for rng in self._rngs()],
             "teacher": parts.teacher.state_dict() if hasattr(parts.teacher, "state_dict") else None,
             "journal": parts.journal.position,
-            "metrics_bytes": parts.loggers.local.position,
+            "metrics_bytes": parts.loggers.local.sync(),
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "replay": [replay.pos, replay.full],
         }
-        state = {"agent": agent.state(), "reward": parts.reward.state()}
+        state = {"agent": agent.state(), "reward": parts.reward.state(), "generators": global_generators()}
         if hasattr(parts.updater, "state_dict"):
             state["updater"] = parts.updater.state_dict()
         arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
@@ -430,11 +457,20 @@ class Loop:
     def load(self) -> None:
         """Restore the newest usable checkpoint of `run_dir` (see pbrl.checkpoint).
 
+        A run that was killed before its first one starts at step 0 again; its answers are in the journal.
+
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if there are checkpoints and none can be used.
         """
+        if any((self.run_dir / "checkpoints").glob("*step_*")):
+            load_latest(self.run_dir, self.step_logs, self._restore)
+        else:
+            print(f"{self.run_dir} was stopped before its first checkpoint: from step 0 again, with the answers given")
+            self.parts.loggers.local.truncate(0)
+        self.started = time.monotonic()
+
+    def _restore(self, loaded: Loaded) -> None:
         parts, agent = self.parts, self.agent
-        loaded = load_latest(self.run_dir, self.step_logs)
         run, replay = loaded.run, agent.replay_buffer
         parts.rollouts.load_state(run["rollouts"])
         if not agent.load_state(loaded.state["agent"]):
@@ -455,9 +491,9 @@ class Loop:
             rng.bit_generator.state = rng_state
         if run["teacher"] is not None and hasattr(parts.teacher, "load_state_dict"):
             parts.teacher.load_state_dict(run["teacher"])
+        restore_global_generators(loaded.state["generators"])
         parts.journal.position = run["journal"]
         parts.loggers.local.truncate(run["metrics_bytes"])
-        self.started = time.monotonic()
 
     def _rngs(self) -> list[np.random.Generator]:
         return [self.query_rng, self.session.rng, self.health_rng]

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pbrl.checkpoint import CheckpointError
-from pbrl.configuration import ConfigError, register_resolvers
+from pbrl.configuration import ConfigError, first_error, register_resolvers
 
 register_resolvers()
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM ask the run to stop at the next step; while the teacher is asked they interrupt it.
+    """Ctrl-C and SIGTERM ask the run to stop at the next step; while the teacher is busy they interrupt it.
 
-    A second Ctrl-C stops at once, without saving.
+    A second Ctrl-C stops at once, without saving. (A second SIGTERM does not: schedulers repeat theirs.)
     """
 
     def __init__(self) -> None:
@@ -39,9 +40,9 @@ class Interrupts:
                 signal.signal(sig, handler)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if self.requested or self.asking:
+        again, self.requested = self.requested, True
+        if self.asking or (again and signum == signal.SIGINT):
             raise KeyboardInterrupt
-        self.requested = True
         print("\nstopping after this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def set_asking(self, asking: bool) -> None:
@@ -70,14 +71,24 @@ def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[
         except Stopped:
             print(f"\nstopped at step {loop.step} and saved; go on with\n  {resume}")
             raise SystemExit(130) from None
+        except KeyboardInterrupt:
+            print(f"\nstopped at once; go on from the last checkpoint with\n  {resume}", file=sys.stderr)
+            raise SystemExit(130) from None
         except (TeacherError, FloatingPointError, OSError, ValueError) as error:
             saved = "everything is saved" if isinstance(error, TeacherError) else "the last checkpoint is kept"
             print(f"\nerror at step {loop.step}: {error}\n{saved}; go on with\n  {resume}", file=sys.stderr)
             raise SystemExit(1) from error
         finally:
-            loop.close(complete)
+            _close(loop, complete)
     print_summary(summary, loop.run_dir)
     return summary
+
+
+def _close(loop: Any, complete: bool) -> None:
+    try:
+        loop.close(complete)
+    except OSError as error:  # a full disk, most likely: what is in the checkpoints is not affected
+        print(f"summary.json or the log could not be closed: {error}", file=sys.stderr)
 
 
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
@@ -100,15 +111,25 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def hydra_main(cfg: DictConfig) -> None:
     """Hydra's entry: one run, or one of a sweep."""
-    runtime = hydra.core.hydra_config.HydraConfig.get()
+    runtime = HydraConfig.get()
     choices = {group: name for group, name in runtime.runtime.choices.items() if not group.startswith("hydra/")}
     try:
         run(cfg, choices, list(runtime.overrides.task))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def main() -> None:
+    """The command line. What Hydra would refuse in a page is refused in a line first."""
+    if not any(argument.startswith("-") for argument in sys.argv[1:]):  # flags are Hydra's own business
+        error = first_error(sys.argv[1:])
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+    hydra_main()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""The config of a run found on the disk, read as what it may be: a stranger's file.
+
+A config names Python objects to call (`_target_`). Those of a new run were typed by its user; those in a run folder
+may come from anywhere, so only classes of this project are called on its word. Others must be named again:
+`resume=RUN trust=[my_module]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pbrl.configuration import CONF, GROUPS, ConfigError
+
+OWN = ("pbrl", "envs", "teachers", "stable_baselines3.common.callbacks")  # whose classes may always be called
+AGENT = "pbrl.agent.make_agent"  # the one function that a config names
+
+
+def read_config(run_dir: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """The config stored in a run folder and the names of its chosen options; keys it lacks have their default values.
+
+    Args:
+        trust: further modules whose objects it may call.
+
+    Raises:
+        ConfigError: if there is none, it is damaged, or it asks for what a stored config must not.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: there is no run (no config.yaml in it)")
+    stored, choices = _parse(path)
+    for name, value in _leaves("", stored):
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
+        if name.rpartition(".")[2] == "_target_":
+            _check_target(path, name, value, trust)
+    default = OmegaConf.load(CONF / "train.yaml")
+    assert isinstance(default, DictConfig)
+    for key in ("defaults", "hydra"):
+        default.pop(key)
+    merged = OmegaConf.merge(default, OmegaConf.create(stored))
+    assert isinstance(merged, DictConfig)
+    return merged, choices
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (ValueError, OSError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
+        raise ConfigError(f"{path} is damaged: it holds no table of keys")
+    choices = stored.pop("choices", {})
+    if not isinstance(choices, dict) or not all(isinstance(name, str | None) for name in choices.values()):
+        raise ConfigError(f"{path} is damaged: choices is not a table of names")
+    for group in GROUPS:
+        if not isinstance(stored.get(group), dict):
+            raise ConfigError(f"{path} is damaged: it has no table {group}")
+    return stored, {str(group): str(name) for group, name in choices.items()}
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """All values of nested tables and lists with their dotted names."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(f"{name}.{key}" if name else str(key), item)
+    else:
+        yield name, value
+
+
+def _check_target(path: Path, name: str, target: Any, trust: Sequence[str]) -> None:
+    if target is None or _within(target, trust):
+        return
+    if _within(target, OWN):
+        try:
+            found = get_object(target)
+        except Exception as error:  # Hydra wraps whatever the import raises
+            raise ConfigError(f"{path}: {name}={target} cannot be imported") from error
+        if target == AGENT or (inspect.isclass(found) and _within(found.__module__, OWN)):
+            return
+    module = str(target).rpartition(".")[0]
+    raise ConfigError(
+        f"{path}: {name}={target} is not a class of this project; if you know it and trust this run, add "
+        f"trust=[{module}]"
+    )
+
+
+def _within(name: Any, modules: Sequence[str]) -> bool:
+    return any(str(name) == module or str(name).startswith(module + ".") for module in modules)
+
+
+def changes(before: Path, after: Path) -> list[str]:
+    """The values that differ between two stored configs, as `key: old → new`."""
+    old, new = (dict(_leaves("", _parse(path)[0])) for path in (before, after))
+    return [
+        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
