@@ -39,7 +39,7 @@ def draw_curves(arguments: argparse.Namespace) -> None:
 
 def draw_strips(arguments: argparse.Namespace) -> None:
     """Figure 3: one row of frames per run, in episodes of the same seed, each from its first state to its last."""
-    from pbrl.evaluation import load_run  # brings torch and the agent, which curves do without
+    from pbrl.evaluate import load_run  # brings torch and the agent, which curves do without
 
     runs = [read_run(folder) for folder in arguments.runs]
     tasks = sorted({str(run.setting("env")) for run in runs})

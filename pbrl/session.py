@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pbrl.agent import AgentView, PreferenceSAC
+from pbrl.exploration import nearest_distances
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params, Query, Segments
 
@@ -26,6 +27,7 @@ class AgentSession:
         self.policy = AgentView(agent)
         self.fresh_from = 0  # index of the first step of this session's fresh rollouts
         self.fresh_to = 0
+        self.new_pairs = 0  # answered in this session
 
     @property
     def env_step(self) -> int:
@@ -55,6 +57,10 @@ class AgentSession:
         first = self._branch_starts(starts, branches, horizon, self.rng)
         return self.rollouts.segments(first.reshape(-1), horizon)
 
+    def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
+        first = [[self._branch(state, horizon) for _ in range(branches)] for state in states.numpy()]
+        return self.rollouts.segments(np.array(first).reshape(-1), horizon)
+
     def branch_query(self, count: int, horizon: int, rng: np.random.Generator, margin: int = 0) -> Query:
         """`count` pairs of two continuations by the present policy from one stored state each, as a `Query`."""
         first = self._branch_starts(count, 2, horizon + 2 * margin, rng)
@@ -71,16 +77,24 @@ class AgentSession:
         for i in range(starts):
             state = self.rollouts.states[legal[rng.integers(len(legal))] % self.rollouts.capacity].copy()
             for j in range(branches):
-                found[i, j] = self.rollouts.total
-                if not self.agent.branch(state, horizon):
-                    raise ValueError(
-                        f"a branch of {horizon} steps terminated early; branch pairs need episodes that do not"
-                    )
+                found[i, j] = self._branch(state, horizon)
         return found
+
+    def _branch(self, state: np.ndarray, horizon: int) -> int:
+        """Index of the first step of a new branch from this state."""
+        first = self.rollouts.total
+        if not self.agent.branch(state, horizon):
+            raise ValueError(f"a branch of {horizon} steps terminated early; branches need episodes that do not")
+        return first
 
     def transitions(self, count: int) -> dict[str, Tensor]:
         batch = self.agent.replay_buffer.draw(count, self.rng)
         return {"obs": batch.obs, "actions": batch.actions, "next_obs": batch.next_obs, "not_done": batch.not_done}
+
+    def novelty(self, obs: Tensor, nearest: int) -> Tensor:
+        replay = self.agent.replay_buffer
+        stored = torch.from_numpy(replay.observations[: replay.size(), 0])
+        return nearest_distances(obs.cpu(), stored, nearest).to(obs.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal draws from the updater's generator: float32 [*shape]."""

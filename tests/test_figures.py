@@ -46,7 +46,7 @@ def test_a_film_strip_spans_the_episode_from_the_first_state_to_the_last() -> No
 def test_strips_have_a_row_per_run_named_by_method_and_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [write_run(tmp_path / name, updater=name) for name in ("pebble", "aparl")]
     speeds = dict(zip(folders, (1.0, 3.0), strict=True))
-    monkeypatch.setattr("pbrl.evaluation.load_run", lambda folder: (Walker(speeds[folder]), Corridor()))
+    monkeypatch.setattr("pbrl.evaluate.load_run", lambda folder: (Walker(speeds[folder]), Corridor()))
     drawn: list[Any] = []
     draw = figures.strips_figure
     monkeypatch.setattr(figures, "strips_figure", lambda *a: drawn.append(draw(*a)) or drawn[0])

@@ -1,0 +1,139 @@
+"""`python -m pbrl.evaluate RUN`: reload a run's agent, print returns and success over fresh seeds, make a video."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from pbrl.agent import PreferenceSAC
+from pbrl.checkpoint import CheckpointError, load_latest
+from pbrl.configuration import ConfigError, check
+from pbrl.evaluation import act, episode, rank_correlation
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Query, Segments
+
+FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
+FPS = 30
+
+
+def load_run(run_dir: str | Path) -> tuple[PreferenceSAC, Any]:
+    """The agent of a run's newest usable checkpoint, and a new environment of its task.
+
+    Raises:
+        ConfigError: if there is no run. CheckpointError: if no checkpoint can be used.
+    """
+    agent, env, _ = _load(Path(run_dir))
+    return agent, env
+
+
+def _load(run_dir: Path) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{run_dir} is not a run (no config.yaml in it)")
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    cfg.pop("choices", None)
+    check(cfg)
+    loaded = load_latest(run_dir)
+    env = instantiate(cfg.env, _convert_="all")
+    agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")
+    agent.policy.load_state_dict(loaded.state["agent"]["policy"])
+    agent.num_timesteps = loaded.run["step"]
+    sizes = {"obs_dim": env.observation_space.shape[0], "act_dim": env.action_space.shape[0]}
+    reward = instantiate(cfg.reward, **sizes, seed=0, _convert_="all")
+    reward.load_state(loaded.state["reward"])
+    return agent, env, reward
+
+
+def record(agent: PreferenceSAC, env: Any, seed: int, path: Path, size: int = 256) -> float:
+    """Write one episode of the mean policy as an mp4 (h264); returns its true return.
+
+    Raises:
+        RuntimeError: if this machine cannot render (the message names what to install).
+    """
+    import imageio.v2 as imageio
+
+    obs, _ = env.reset(seed=seed)
+    total, done = 0.0, False
+    with imageio.get_writer(path, fps=FPS, codec="libx264", pixelformat="yuv420p", macro_block_size=16) as video:
+        while not done:
+            video.append_data(env.render(size, size))
+            obs, reward, terminated, truncated, _ = env.step(act(agent, obs))
+            total += float(reward)
+            done = terminated or truncated
+    return total
+
+
+def agreement(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, seed: int, horizon: int) -> float:
+    """Rank correlation of learned and true return over the segments of one episode of the mean policy."""
+    obs, _ = env.reset(seed=seed)
+    seen, done = [], False
+    while not done:
+        action = act(agent, obs)
+        following, paid, terminated, truncated, _ = env.step(action)
+        seen.append((obs, action, paid))
+        obs, done = following, terminated or truncated
+    count = len(seen) // horizon // 2 * 2
+    if count < 4:
+        return float("nan")
+    rows = seen[: count * horizon]
+    parts = [torch.from_numpy(np.array([row[i] for row in rows], np.float32)) for i in range(3)]
+    observations, actions, rewards = (part.reshape(count, horizon, *part.shape[1:]) for part in parts)
+    segments, half = Segments(observations, actions), count // 2
+    paired = torch.stack([rewards[:half], rewards[half:]], dim=1)
+    return rank_correlation(reward, Query(segments[:half], segments[half:], paired))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pbrl.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, runs/<env>/<name>")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes (default 20)")
+    parser.add_argument("--seed", type=int, default=FRESH_SEED, help="seed of the first one, then counting up")
+    parser.add_argument("--video", nargs="?", const="", help="also write an mp4 (default RUN/videos/step_….mp4)")
+    options = parser.parse_args(arguments)
+    if options.episodes < 1:
+        parser.error(f"--episodes {options.episodes}: expected at least 1")
+    try:
+        agent, env, reward = _load(options.run)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        _report(agent, env, reward, options)
+    except RuntimeError as error:  # no OpenGL to render with
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        env.close()
+    return 0
+
+
+def _report(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, options: argparse.Namespace) -> None:
+    results = [episode(agent, env, options.seed + i) for i in range(options.episodes)]
+    returns = np.array([total for total, _ in results])
+    spread = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")
+    print(f"step {agent.num_timesteps}, {options.episodes} episodes of the mean policy, seeds from {options.seed}")
+    print(f"  true return   {returns.mean():.1f} ± {spread:.1f} (standard error)")
+    if results[0][1] is not None:
+        print(f"  success       {np.mean([bool(success) for _, success in results]):.0%}")
+    cfg = OmegaConf.load(options.run / "config.yaml")
+    if cfg.choices.get("updater") != "oracle":
+        correlation = agreement(agent, env, reward, options.seed, cfg.segment_length)
+        print(f"  learned reward and true return of one episode's segments: rank correlation {correlation:.2f}")
+    if options.video is not None:
+        path = Path(options.video or options.run / "videos" / f"step_{agent.num_timesteps:09d}.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        total = record(agent, env, options.seed, path)
+        print(f"  video         {path} (return {total:.1f})")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
