@@ -194,6 +194,7 @@ class Session(Protocol):
     """What a reward updater may use beside the reward, the preferences and the policy."""
 
     rng: np.random.Generator  # the updater's own generator; the loop saves and restores it
+    new_pairs: int  # pairs answered in this session: the last rows of the preferences
 
     @property
     def policy(self) -> PolicyView:
@@ -222,8 +223,14 @@ class Session(Protocol):
         beside each other.
         """
 
+    def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
+        """The same from given simulator states, float64 [K, S] (`Preferences.states`): [K * branches, horizon, ...]."""
+
     def transitions(self, count: int) -> Mapping[str, Tensor]:
         """`count` random replay rows: obs, actions, next_obs, not_done (float32 [count, ...])."""
+
+    def novelty(self, obs: Tensor, nearest: int) -> Tensor:
+        """Distance of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one: float32 [B]."""
 
 
 @runtime_checkable
@@ -232,6 +239,12 @@ class RewardUpdater(Protocol):
 
     pairs: where the questions come from: "buffer" (recent episodes), "fresh" (the present policy is rolled out for
     them before each session) or "none" (no questions: the agent is paid the task's own reward).
+
+    An updater may also have
+        margin: int, steps kept around each segment (SURF's crops);
+        between_every: int and between(reward, preferences, session) -> dict, called every that many environment steps
+            after the first session while questions are left (MRN's meta-step); the replay is then paid anew;
+        state_dict() and load_state_dict(dict), tensors and plain values, if it remembers anything.
     """
 
     pairs: str

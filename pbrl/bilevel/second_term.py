@@ -1,0 +1,180 @@
+"""The second term of a hypergradient beside the first: as a weighted reward gradient, measured, gated and clipped.
+
+Whatever the method, its second term has the form Σ_i w_i ∂_phi r_phi(s_i, a_i) with weights fixed for one update. It is
+evaluated anew at the present phi at every optimiser step, so it follows the reward as it changes. Every member of an
+ensemble is treated as though it were the reward alone; the weights come from the members' mean, which is what the agent
+is paid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pbrl.bilevel.gate import Gate
+from pbrl.bilevel.params import cosine, norm
+from pbrl.types import Params
+
+if TYPE_CHECKING:
+    from pbrl.reward import RewardEnsemble
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """Two disjoint estimates of a term Σ_i w_i ∂_phi r_phi(s_i, a_i); the term itself is their mean."""
+
+    obs: Tensor  # float32 [R, obs_dim]
+    actions: Tensor  # float32 [R, act_dim]
+    weights: Tensor  # float32 [2, R]
+
+    @staticmethod
+    def cat(parts: list[WeightedRows]) -> WeightedRows:
+        """The sum of several terms."""
+        return WeightedRows(
+            torch.cat([part.obs for part in parts]),
+            torch.cat([part.actions for part in parts]),
+            torch.cat([part.weights for part in parts], dim=1),
+        )
+
+    def gradient(self, reward: RewardEnsemble, member: int, weights: Tensor) -> Params:
+        """Σ_i weights_i ∂ r_member(s_i, a_i) in the member's parameters; weights float32 [R]."""
+        used = torch.nonzero(weights)[:, 0]
+        parameters = dict(reward.members[member].named_parameters())
+        if len(used) == 0:
+            return {name: torch.zeros_like(value) for name, value in parameters.items()}
+        with torch.enable_grad():
+            rewards = reward.member(member, self.obs[used], self.actions[used])
+            found = torch.autograd.grad((weights[used] * rewards).sum(), list(parameters.values()))
+        return dict(zip(parameters, found, strict=True))
+
+    def gradients(self, reward: RewardEnsemble, weights: Tensor) -> Params:
+        """The same in all members' parameters."""
+        return {
+            f"{m}.{name}": value
+            for m in range(len(reward.members))
+            for name, value in self.gradient(reward, m, weights).items()
+        }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An updater's second term for one session."""
+
+    rows: WeightedRows | None  # None: there was too little data for two disjoint estimates
+    converged: bool = True  # every linear solve reached its tolerance
+    metrics: dict[str, float] = field(default_factory=dict)  # what the solver did, without a group
+
+
+class SecondTerm:
+    """Adds one session's second term to the gradients of a loss, as `train_epochs(extra_gradient=...)` wants it.
+
+    Args:
+        rows: the term, in the direction in which the upper objective grows.
+        expected: its gradient at the phi of the first call, to be measured against Term 1.
+        admitted: add it; otherwise only measure.
+        clip: at most this multiple of the norm of Term 1's gradient, for each member at each step; inf for no limit.
+    """
+
+    def __init__(
+        self, reward: RewardEnsemble, rows: WeightedRows, expected: Params, admitted: bool, clip: float
+    ) -> None:
+        self.reward, self.rows, self.expected, self.admitted, self.clip = reward, rows, expected, admitted, clip
+        self.weights = rows.weights.mean(0)
+        self.steps, self.refused, self.shrunk = 0, 0, 0.0
+        self.norm_first = self.cosine_first = float("nan")
+
+    def __call__(self) -> None:
+        if self.steps == 0:
+            ascent = {
+                f"{m}.{name}": -_grad(parameter)
+                for m, member in enumerate(self.reward.members)
+                for name, parameter in member.named_parameters()
+            }
+            self.norm_first, self.cosine_first = norm(ascent), cosine(ascent, self.expected)
+        self.steps += 1
+        if self.admitted:
+            for m in range(len(self.reward.members)):
+                self._add(m)
+
+    def _add(self, member: int) -> None:
+        parameters = dict(self.reward.members[member].named_parameters())
+        term = self.rows.gradient(self.reward, member, self.weights)
+        length = norm(term)
+        if not math.isfinite(length):
+            self.refused += 1
+            return
+        limit = self.clip * norm({k: _grad(p) for k, p in parameters.items()}) if math.isfinite(self.clip) else length
+        factor = 1.0 if length <= limit else limit / length
+        self.shrunk += factor / len(self.reward.members)
+        for name, parameter in parameters.items():
+            parameter.grad = _grad(parameter) - factor * term[name]  # the optimiser descends
+
+
+class Safeguard:
+    """Decides whether a second term may be used, and keeps the account.
+
+    A term is refused, and the update is Term 1 alone, where there is no estimate, where anything in it is not finite,
+    where a linear solve did not converge (all counted as fallbacks), and while the gate is closed.
+
+    Args:
+        gate: None applies every term that can be computed, as the papers do.
+        clip: see `SecondTerm`.
+    """
+
+    def __init__(self, gate: Gate | None, clip: float) -> None:
+        self.gate, self.clip = gate, clip
+        self.updates = self.opened = self.fallbacks = 0
+
+    def admit(self, reward: RewardEnsemble, estimate: Estimate) -> tuple[SecondTerm | None, dict[str, float]]:
+        """The term to train with (None: there is none), and what was found out about it, keys without a group."""
+        self.updates += 1
+        rows, usable, split, size, whole = estimate.rows, False, float("nan"), float("nan"), None
+        if rows is not None:
+            halves = [rows.gradients(reward, weights) for weights in rows.weights]
+            whole = {name: (value + halves[1][name]) / 2 for name, value in halves[0].items()}
+            size, split = norm(whole), cosine(*halves)
+            usable = math.isfinite(size) and estimate.converged
+        opened = self.gate is None or self.gate.observe(split if usable else float("nan"))
+        self.opened += opened
+        self.fallbacks += not usable
+        metrics = {"term2_norm": size, "split_cosine": split, "gate_open": float(opened), "usable": float(usable)}
+        metrics |= estimate.metrics | self.totals()
+        if rows is None or whole is None:
+            return None, metrics
+        return SecondTerm(reward, rows, whole, opened and usable, self.clip), metrics
+
+    def settle(self, term: SecondTerm | None) -> dict[str, float]:
+        """After the training: what the term met and did. A step at which it was not finite makes it a fallback."""
+        if term is None:
+            return {}
+        self.fallbacks += term.refused > 0
+        return {
+            "term1_norm": term.norm_first,
+            "cosine": term.cosine_first,
+            "applied": float(term.admitted),
+            "scale": term.shrunk / term.steps if term.steps else 0.0,
+            **self.totals(),
+        }
+
+    def totals(self) -> dict[str, float]:
+        """Over the run so far: share of updates with an open gate, and how many fell back to Term 1."""
+        return {"gate_open_share": self.opened / max(self.updates, 1), "fallbacks": float(self.fallbacks)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for an exact resume."""
+        streak = 0 if self.gate is None else self.gate.streak
+        return {"updates": self.updates, "opened": self.opened, "fallbacks": self.fallbacks, "streak": streak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.updates, self.opened, self.fallbacks = state["updates"], state["opened"], state["fallbacks"]
+        if self.gate is not None:
+            self.gate.streak = state["streak"]
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

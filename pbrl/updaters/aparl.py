@@ -1,0 +1,183 @@
+"""A-PARL (Chakraborty et al., ICLR 2024, Algorithm 1) on robots: fresh pairs, and an implicit term that is guarded.
+
+Term 1, the cross-entropy on the answers, is PEBBLE's; with `implicit.estimator=off` so is the whole update. Its pairs
+are fresh, which is what helped most in our measurements. Term 2, by which the reward accounts for the policy's answer
+to it, is estimated on two disjoint halves of the rollouts, used only while they agree (`gate`) and up to `clip` times
+Term 1; `gate=off clip=.inf` is the paper's raw update. SAC's updates between two sessions are the paper's K lower
+steps, its temperature is the weight of the entropy bonus.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbrl.bilevel.estimators import Implicit, covariance_term, implicit_term, win_rate_term
+from pbrl.bilevel.fresh import Labelled, Trajectories, cut, labelled, training_rows
+from pbrl.bilevel.gate import Gate, as_gate, as_limit
+from pbrl.bilevel.second_term import Estimate, Safeguard, SecondTerm, WeightedRows
+from pbrl.bilevel.upper import (
+    UPPERS,
+    Regulariser,
+    ScoreRows,
+    Utility,
+    direct,
+    mean_rewards,
+    pair_scores,
+    preference_values,
+    utility_scores,
+)
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble, answer_loss, train_epochs
+from pbrl.types import Session
+
+
+class APARL:
+    """Cross-entropy on fresh pairs, and the implicit term behind a gate.
+
+    The implicit term's weights are computed once per update, with the policy and the ensemble's mean reward as they are
+    then; its gradient is taken anew at every optimiser step. A reward network with kinks (leaky_relu) is fine: no
+    pathwise mixed derivative is taken here.
+
+    Args:
+        epochs, batch_size, stop_accuracy: as for PEBBLE.
+        earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
+        upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
+        utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
+        implicit: how Term 2 is estimated.
+        gate: when it is used; off: always.
+        clip: at most this multiple of Term 1's norm, for each member at each step; .inf: no limit.
+
+    Raises:
+        ValueError: for an unknown upper objective or a number out of range.
+    """
+
+    pairs = "fresh"
+
+    def __init__(
+        self,
+        epochs: int = 50,
+        batch_size: int = 128,
+        stop_accuracy: float = 0.97,
+        earlier_share: float | None = None,
+        upper: str = "preference",
+        utility: Utility | None = None,
+        regulariser: Regulariser | None = None,
+        implicit: Implicit | None = None,
+        gate: Gate | str | bool | None = None,
+        clip: float | str = 0.1,
+    ) -> None:
+        if upper not in UPPERS:
+            raise ValueError(f"updater.upper={upper}; expected one of {', '.join(UPPERS)}")
+        if earlier_share is not None and not 0 <= earlier_share <= 1:
+            raise ValueError(f"updater.earlier_share={earlier_share}; expected a share in [0, 1], or null for all")
+        self.epochs, self.batch_size, self.stop_accuracy = epochs, batch_size, stop_accuracy
+        self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
+        self.implicit = Implicit() if implicit is None else implicit
+        self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
+
+    def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
+        """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
+        rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
+        term: SecondTerm | None = None
+        found: dict[str, float] = {}
+        if self.implicit.estimator != "off":
+            term, found = self.safeguard.admit(reward, self._estimate(reward, preferences, session))
+        extra = None
+        if self.utility is not None or self.regulariser is not None:
+            extra = direct(self.utility, self.regulariser, reward, cut(session.fresh(), self.implicit.horizon))
+
+        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
+
+        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            chosen = rows[index]
+            return answer_loss(reward, member, first[chosen], second[chosen], labels[chosen])
+
+        def extra_gradient() -> None:
+            if extra is not None:
+                extra()
+            if term is not None:
+                term()
+
+        metrics = train_epochs(
+            reward,
+            loss,
+            len(rows),
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            stop_accuracy=self.stop_accuracy,
+            rng=session.rng,
+            extra_gradient=extra_gradient,
+        )
+        found |= self.safeguard.settle(term)
+        return metrics | {f"aparl/{name}": value for name, value in found.items()}
+
+    # ------------------------------------------------------------------------------------------------ Term 2
+
+    def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
+        """Term 2 of the upper objective, without touching `session.rng` (except for branches)."""
+        episodes = session.fresh()
+        if session.new_pairs < 2 or not episodes:
+            return Estimate(None)
+        trajectories = cut(episodes, self.implicit.horizon)
+        pairs = labelled(preferences, session.new_pairs, episodes, self.implicit.horizon)
+        scores: list[ScoreRows] = []
+        closed: Estimate | None = None
+        if self.upper == "win_rate":
+            closed = win_rate_term(pairs, session.policy.alpha)
+        elif self.implicit.estimator == "covariance":
+            closed = self._covariance(reward, preferences, pairs, session)
+        else:
+            scores.append(pair_scores(self.upper, reward, pairs))
+        if self.utility is not None:
+            scores.append(utility_scores(self.utility, reward, trajectories))
+        solved = self._solve(reward, scores, trajectories, session) if scores else None
+        return _sum(closed, solved, reward.device)
+
+    def _solve(
+        self, reward: RewardEnsemble, scores: list[ScoreRows], trajectories: Trajectories, session: Session
+    ) -> Estimate:
+        together = ScoreRows.cat(scores).to(reward.device)
+        if not all(part.complete for part in scores):
+            return Estimate(None)
+        with torch.no_grad():
+            rewards = mean_rewards(reward, trajectories)
+        return implicit_term(
+            self.implicit,
+            session.policy,
+            trajectories.to(reward.device),
+            rewards,
+            together.gradients(session.policy, session.policy.parameters()),
+            torch.Generator().manual_seed(session.env_step),  # not session.rng: a closed gate leaves PEBBLE's shuffles
+        )
+
+    def _covariance(
+        self, reward: RewardEnsemble, preferences: Preferences, pairs: Labelled, session: Session
+    ) -> Estimate:
+        if preferences.states is None:
+            raise ValueError("implicit.estimator=covariance continues segments; this environment stores no states")
+        starts = preferences.states[-len(pairs) :].transpose(0, 1).flatten(0, 1)  # all first, then all second ones
+        continued = session.branches_from(starts, self.implicit.branches, pairs.segments.horizon)
+        return covariance_term(preference_values(reward, pairs), pairs.segments, continued, session.policy.alpha)
+
+    # ------------------------------------------------------------------------------------------------ exact resume
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.safeguard.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.safeguard.load_state_dict(state)
+
+
+def _sum(closed: Estimate | None, solved: Estimate | None, device: torch.device) -> Estimate:
+    """Both terms together, on the device; none if one that was asked for is missing."""
+    parts = [part for part in (closed, solved) if part is not None]
+    rows = [part.rows for part in parts if part.rows is not None]
+    metrics = {key: value for part in parts for key, value in part.metrics.items()}
+    if len(rows) < len(parts):
+        return Estimate(None, metrics=metrics)
+    moved = [WeightedRows(r.obs.to(device), r.actions.to(device), r.weights.to(device)) for r in rows]
+    return Estimate(WeightedRows.cat(moved), all(part.converged for part in parts), metrics)
