@@ -31,6 +31,7 @@ from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pbrl.exploration import Disagreement
 from pbrl.replay import Batch, RelabelReplay, RewardFunction
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
@@ -98,6 +99,7 @@ class PreferenceSAC(SAC):
         batch_reward: if set, replaces the rewards of every sampled batch (state-entropy pretraining): observations
             float32 [B, obs_dim] to float32 [B].
         rollouts: if set, records every step of the training environment.
+        disagreement: how an ensemble's rewards become the agent's pay.
     """
 
     replay_buffer: RelabelReplay
@@ -107,6 +109,7 @@ class PreferenceSAC(SAC):
         self.reward_fn: RewardFunction | None = None
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
+        self.disagreement = Disagreement()
         self._branching = False
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
         super().__init__(policy, env, **kwargs)
@@ -124,7 +127,7 @@ class PreferenceSAC(SAC):
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
+        own = ["reward_fn", "batch_reward", "rollouts", "disagreement", "replay_rng", "noise", "_sums", "_pending"]
         return super()._excluded_save_params() + own
 
     # ------------------------------------------------------------------------------------------------ collecting
@@ -463,7 +466,9 @@ class AgentView:
         return _copies(self._agent.actor)
 
     def distribution(self, theta: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
-        return functional_call(self._distribution, _prefixed("actor", theta), (obs,))
+        rows = obs.reshape(-1, obs.shape[-1])  # SB3 flattens all but the first axis
+        mean, log_std = functional_call(self._distribution, _prefixed("actor", theta), (rows,))
+        return mean.reshape(*obs.shape[:-1], -1), log_std.reshape(*obs.shape[:-1], -1)
 
     def log_prob(self, theta: Params, obs: Tensor, raw_actions: Tensor) -> Tensor:
         mean, log_std = self.distribution(theta, obs)
@@ -507,6 +512,8 @@ def make_agent(
     orthogonal_init: bool = False,
     hybrid_ratio: float = 0.0,
     hybrid_steps: int = 10_000,
+    disagreement_bonus: float = 0.0,
+    disagreement_decay: float = 1e-5,
 ) -> PreferenceSAC:
     """A `PreferenceSAC` on one environment.
 
@@ -520,6 +527,7 @@ def make_agent(
         gamma: discount. tau: target step, every target_update_interval updates.
         log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
+        disagreement_bonus, disagreement_decay: see `Disagreement`.
 
     Raises:
         ValueError: for a number out of range.
@@ -538,6 +546,7 @@ def make_agent(
     ):
         if not good:
             raise ValueError(f"agent.{name}={value} is out of range")
+    disagreement = Disagreement(disagreement_bonus, disagreement_decay)
     agent = PreferenceSAC(
         PreferencePolicy,
         DummyVecEnv([lambda: env]),
@@ -560,5 +569,6 @@ def make_agent(
         seed=seed,
         device=device,
     )
+    agent.disagreement = disagreement
     agent.set_logger(Logger(folder=None, output_formats=[]))
     return agent

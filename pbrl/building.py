@@ -75,6 +75,33 @@ def _refuse(make: Callable[[], Made]) -> Made:
         raise
 
 
+def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query: Any, updater: Any) -> None:
+    """Refuse options that would have no effect, or fail hours later, in each other's company.
+
+    Raises:
+        ConfigError: naming both options and why they do not go together.
+    """
+    members, bonus = len(getattr(reward, "members", [])), agent.disagreement.bonus
+    branching, score = getattr(query, "branch_share", 0.0) > 0, getattr(query, "score", None)
+    asks, has_states = updater.pairs != "none", bool(getattr(env, "state_size", 0))
+    for refused, reason in (
+        (bonus and not asks, "agent.disagreement_bonus: this updater learns no reward, so no ensemble can disagree"),
+        (bonus and members == 1, "agent.disagreement_bonus needs reward.members of at least 2 to disagree"),
+        (
+            asks and members == 1 and score == "disagreement",
+            "query.score=disagreement needs reward.members of at least 2, or another query",
+        ),
+        (not asks and cfg.import_preferences is not None, "import_preferences: this updater learns from no answers"),
+        (branching and not has_states, "query.branch_share needs an environment whose simulator state can be restored"),
+        (
+            updater.pairs == "fresh" and getattr(query, "recent_episodes", None) is not None,
+            "query.recent_episodes has no effect with updater.pairs=fresh, which asks about this session's rollouts",
+        ),
+    ):
+        if refused:
+            raise ConfigError(reason)
+
+
 class _Builder:
     """Builds each part from its node of the config."""
 
@@ -102,6 +129,7 @@ class _Builder:
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
+        check_combination(cfg, env, agent, reward, query, updater)
         capacity = min(feedback.memory_steps, cfg.total_steps)
         if cfg.checkpoint_every > min(capacity, agent.buffer_size) and cfg.total_steps > capacity:
             raise ConfigError(

@@ -1,9 +1,11 @@
-"""State-entropy pretraining: before any answer, the agent is paid for visiting what it has not seen (PEBBLE §4.1)."""
+"""Why the agent goes where it has not been: novelty before any answer (PEBBLE §4.1), then the members' disagreement."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +38,41 @@ def nearest_distances(queries: Tensor, stored: Tensor, k: int) -> Tensor:
     return (best[:, -1] + queries.square().sum(1)).clamp_min(0).sqrt()
 
 
+@dataclass(frozen=True)
+class Disagreement:
+    """What an ensemble pays: its mean and a fading share of its disagreement (RUNE, Liang et al., ICLR 2022).
+
+        r_t(s, a) = mean_m r_m(s, a) + bonus (1 − decay)^t std_m r_m(s, a)
+
+    Relabelling at step t pays both parts anew.
+
+    Args:
+        bonus: beta; 0: off. decay: rho, per environment step.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    bonus: float = 0.0
+    decay: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.bonus < 0 or not 0 <= self.decay < 1:
+            raise ValueError(
+                f"agent.disagreement_bonus={self.bonus}, agent.disagreement_decay={self.decay}; "
+                "expected a bonus ≥ 0 and a decay in [0, 1)"
+            )
+
+    def __call__(self, rewards: np.ndarray, step: int) -> np.ndarray:
+        """Pay for the members' rewards, float32 [M, N], at environment step `step`: float32 [N]."""
+        mean = rewards.mean(axis=0)
+        if not self.bonus:
+            return mean
+        return mean + np.float32(self.bonus * (1 - self.decay) ** step) * rewards.std(axis=0)
+
+
 class StateEntropy:
-    """Pays each observation its distance to the k-th nearest stored one, divided by the running standard deviation.
+    """Pays each observation its distance d to the k-th nearest stored one, divided by the running standard deviation.
 
     PEBBLE eq. (4) without the logarithm, as in its published code; the running moments are Chan et al.'s exact ones
     (the published ones have a slip in the mean). Distances are to all observations stored so far.
@@ -45,10 +80,11 @@ class StateEntropy:
     Args:
         replay: where the observations are stored.
         nearest: k ≥ 1.
+        bounded: pay clip((d − mean) / (3 std), −1, 1) instead, which a reward network can represent (RIME).
     """
 
-    def __init__(self, replay: RelabelReplay, nearest: int = 5) -> None:
-        self.replay, self.nearest = replay, nearest
+    def __init__(self, replay: RelabelReplay, nearest: int = 5, bounded: bool = False) -> None:
+        self.replay, self.nearest, self.bounded = replay, nearest, bounded
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     @torch.no_grad()
@@ -60,6 +96,8 @@ class StateEntropy:
         distances = nearest_distances(obs.cpu(), stored, self.nearest)
         self._count(distances.double())
         std = (self.squares / self.count) ** 0.5
+        if self.bounded:
+            return ((distances - self.mean) / max(3 * std, 1e-8)).clamp(-1, 1).to(obs.device)
         return (distances / std if std > 0 else distances).to(obs.device)
 
     def _count(self, values: Tensor) -> None:

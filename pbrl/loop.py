@@ -44,6 +44,7 @@ from pbrl.types import Answer, Query, RewardUpdater, Teacher
 from pbrl.wire import pack_query, unpack_query
 
 CHUNK = 100  # environment steps between two looks at the progress bar
+NEVER = 2**62  # an environment step that does not come, even if total_steps is raised later
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 
 
@@ -121,12 +122,14 @@ class Pretraining:
     Args:
         steps: environment steps; 0: none. nearest: k of the k-nearest-neighbour bonus.
         reset_critic: new critics when it ends. updates: gradient steps at once on the first learned reward.
+        bounded: see `StateEntropy`.
     """
 
     steps: int = 9000
     nearest: int = 5
     reset_critic: bool = True
     updates: int = 100
+    bounded: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.nearest < 1 or self.updates < 0:
@@ -156,6 +159,7 @@ class Due:
     feedback: int
     checkpoint: int
     log: int
+    between: int = NEVER
     eval: int = 0
 
 
@@ -191,7 +195,7 @@ class Loop:
         self.query_rng, updater_rng, self.health_rng = (np.random.default_rng(seed) for seed in seeds)
         self.critic_seed = int(critic_seed.generate_state(1)[0])
         self.session = AgentSession(agent, updater_rng)
-        self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest)
+        self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest, self.pretraining.bounded)
         self.asks = parts.updater.pairs != "none"
         pretraining_ends = agent.learning_starts + self.pretraining.steps
         start = pretraining_ends if self.feedback.start is None else self.feedback.start
@@ -219,6 +223,8 @@ class Loop:
         Raises:
             Stopped: if it was asked to stop, after saving. TeacherError: if the teacher failed, after saving.
         """
+        if self.step == 0 and hasattr(self.parts.updater, "start"):
+            self.parts.updater.start(self.session)
         with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
             while True:
                 self._choose_pay()
@@ -230,6 +236,8 @@ class Loop:
                     break
                 if self.asks and self.step >= self.due.feedback:
                     self._feedback_session()
+                if self.step >= self.due.between:
+                    self._between_sessions()
                 if self.step >= self.due.log:
                     self._log_training()
                 if self.step >= self.due.checkpoint:
@@ -248,12 +256,13 @@ class Loop:
         agent.batch_reward = self.entropy if not self.pretrained else None
 
     def _pay(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        return self.parts.reward.predict(obs, actions).mean(axis=0)
+        return self.agent.disagreement(self.parts.reward.predict(obs, actions), self.step)
 
     def _act(self) -> None:
+        self.agent.replay_buffer.hybrid = bool(self._left())
         until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps)
         if self.asks:
-            until = min(until, self.due.feedback)
+            until = min(until, self.due.feedback, self.due.between)
         while self.step < until and not self.stop():
             self.agent.collect(min(CHUNK, until - self.step), callback=self.callback, stop=self.stop)
             self.bar.n = self.step
@@ -275,6 +284,7 @@ class Loop:
             self.pending = None
         self.sessions += 1
         if len(parts.preferences):
+            metrics |= parts.reward.pretrain(self.session)
             metrics |= parts.updater.update(parts.reward, parts.preferences, self.session)
             if found := non_finite(parts.reward.state_dict()):
                 raise FloatingPointError(
@@ -283,7 +293,20 @@ class Loop:
             self.agent.replay_buffer.relabel(self._pay)
         self._after_update()
         metrics |= self._feedback_metrics()
-        self.due.feedback = self.step + self.feedback.every if self._left() else self.total_steps + 1
+        self.due.feedback = self.step + self.feedback.every if self._left() else NEVER
+        self.due.between = self._next_between()
+        self._log(metrics)
+
+    def _next_between(self) -> int:
+        every = getattr(self.parts.updater, "between_every", None)
+        return (self.step // every + 1) * every if every and self._left() and len(self.parts.preferences) else NEVER
+
+    def _between_sessions(self) -> None:
+        """What some updaters do while questions are left, beside the sessions; then the replay is paid anew."""
+        parts: Any = self.parts
+        metrics = parts.updater.between(parts.reward, parts.preferences, self.session)
+        self.agent.replay_buffer.relabel(self._pay)
+        self.due.between = self._next_between()
         self._log(metrics)
 
     def _left(self) -> int:

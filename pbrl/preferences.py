@@ -125,6 +125,14 @@ class Preferences:
         equal = int((self.prefers_first == 0.5).sum()) if self._columns else 0
         return {"asked": self.asked, "given": self._size, "skipped": self.asked - self._size, "equal": equal}
 
+    def select(self, index: Tensor, prefers_first: Tensor) -> Preferences:
+        """A copy of the pairs at `index`, int64 [K], with these labels, float32 [K], in place of their own."""
+        chosen = Preferences(self.about)
+        chosen.asked, chosen.horizon, chosen._size = self.asked, self.horizon, len(index)
+        chosen._columns = {name: self._column(name)[index] for name in self._columns}
+        chosen._columns["prefers_first"] = prefers_first
+        return chosen
+
     def _column(self, name: str) -> Tensor:
         if not self._columns:
             raise ValueError("the preferences are empty: no query was added yet")

@@ -32,6 +32,7 @@ class RelabelReplay(ReplayBuffer):
 
     Args:
         hybrid_ratio: share of each batch drawn from the last `hybrid_steps` transitions (QPA's hybrid replay); 0: off.
+            Not while `hybrid` is False: the loop sets it so when no question is left, as QPA does.
         hybrid_steps: environment steps that count as recent.
 
     Raises:
@@ -54,7 +55,7 @@ class RelabelReplay(ReplayBuffer):
             raise ValueError(f"the replay holds one environment's steps; got n_envs={n_envs}. Run seeds as processes")
         if self.observations.ndim != 3 or self.observations.dtype != np.float32:
             raise ValueError(f"observations must be float32 vectors; the space is {observation_space}")
-        self.hybrid_ratio, self.hybrid_steps = hybrid_ratio, hybrid_steps
+        self.hybrid_ratio, self.hybrid_steps, self.hybrid = hybrid_ratio, hybrid_steps, True
         obs_dim, act_dim = self.obs_shape[0], self.action_dim
         ends = np.cumsum([obs_dim, act_dim, obs_dim, 1, 1, 1])
         self.rows = np.zeros((self.buffer_size, int(ends[-1])), np.float32)
@@ -74,7 +75,7 @@ class RelabelReplay(ReplayBuffer):
         """`batch_size` uniformly drawn transitions (a share of them recent ones, if `hybrid_ratio` says so)."""
         size = self.size()
         index = rng.integers(size, size=batch_size)
-        recent = round(self.hybrid_ratio * batch_size)
+        recent = round(self.hybrid_ratio * batch_size) if self.hybrid else 0
         if recent:
             back = rng.integers(min(size, self.hybrid_steps), size=recent)
             index[:recent] = (self.pos - 1 - back) % self.buffer_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pbrl.losses import bradley_terry_loss, correct, preference_logits
-from pbrl.types import Segments
+from pbrl.types import Segments, Session
 
 if TYPE_CHECKING:
     from pbrl.preferences import Preferences
@@ -115,6 +115,10 @@ class RewardEnsemble(nn.Module):
         """Each member's log-odds that first is preferred, float32 [M, B], without gradients."""
         return self.returns(first) - self.returns(second)
 
+    def pretrain(self, session: Session) -> dict[str, float]:
+        """What a reward learns without answers, before each update; returns metrics. Nothing, unless overridden."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Weights and optimiser, for a checkpoint."""
         return {"weights": self.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -140,12 +144,12 @@ def answer_loss(
         kept: the steps of each first and second segment that count, bool [B, H] each; None: all.
     """
     device = reward.device
-    rewards = [reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second)]
+    left, right = (reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second))
     if kept is not None:
-        rewards = [r * k.to(device) for r, k in zip(rewards, kept, strict=True)]
+        left, right = left * kept[0].to(device), right * kept[1].to(device)
     labels = labels.to(device)
-    hits, decided = correct(preference_logits(*(r.detach() for r in rewards)), labels)
-    return bradley_terry_loss(*rewards, labels), hits, decided
+    hits, decided = correct(preference_logits(left.detach(), right.detach()), labels)
+    return bradley_terry_loss(left, right, labels), hits, decided
 
 
 class MemberLoss(Protocol):
@@ -216,19 +220,23 @@ def train_on_answers(
     max_epochs: int,
     stop_accuracy: float,
     rng: np.random.Generator,
+    rows: np.ndarray | None = None,
+    extra_gradient: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """PEBBLE's whole update: cross-entropy of every member on all answers, by `train_epochs`."""
+    """PEBBLE's whole update: cross-entropy of every member on all answers, or those at `rows`, by `train_epochs`."""
     first, second, labels = preferences.first, preferences.second, preferences.prefers_first
 
     def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        return answer_loss(reward, member, first[index], second[index], labels[torch.from_numpy(index)])
+        chosen = index if rows is None else rows[index]
+        return answer_loss(reward, member, first[chosen], second[chosen], labels[torch.from_numpy(chosen)])
 
     return train_epochs(
         reward,
         loss,
-        len(preferences),
+        len(preferences) if rows is None else len(rows),
         batch_size=batch_size,
         max_epochs=max_epochs,
         stop_accuracy=stop_accuracy,
         rng=rng,
+        extra_gradient=extra_gradient,
     )

@@ -244,6 +244,7 @@ class RewardUpdater(Protocol):
         margin: int, steps kept around each segment (SURF's crops);
         between_every: int and between(reward, preferences, session) -> dict, called every that many environment steps
             after the first session while questions are left (MRN's meta-step); the replay is then paid anew;
+        start(session), called before the first step of a run;
         state_dict() and load_state_dict(dict), tensors and plain values, if it remembers anything.
     """
 

@@ -1,0 +1,142 @@
+"""MRN (Liu et al., NeurIPS 2022): PEBBLE, and between sessions the reward is bent to make critics rank the answers.
+
+Lower level: one gradient step of the critics on the Bellman error, which depends on the reward. Upper level: the moved
+critics' values of each segment's first step should predict the answer. The reward's gradient flows through the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.types import Params, Session
+
+Values = Callable[[Params], Tensor]  # critic parameters -> both critics' values, [2, B]
+
+
+def critic_step(values: Values, critic: Params, target: Tensor, step_size: float) -> Params:
+    """The critics after one plain gradient step on L = Σ_i mean_b (Q_i − y_b)².
+
+    Args:
+        target: y_b = r_b + gamma V(s'_b), [B].
+    """
+    names, params = list(critic), [value.detach().requires_grad_() for value in critic.values()]
+    loss = (values(dict(zip(names, params, strict=True))) - target).square().mean(dim=1).sum()
+    moves = torch.autograd.grad(loss, params)
+    return {name: (p - step_size * g).detach() for name, p, g in zip(names, params, moves, strict=True)}
+
+
+def reward_weights(values: Values, critic: Params, direction: Params, step_size: float) -> Tensor:
+    """dU/dr_b of an outer loss U(theta') through theta' = theta − step_size · dL/dtheta, in closed form.
+
+        dU/dr_b = (2 step_size / B) Σ_i ⟨∇_theta Q_i(s_b, a_b; theta), g⟩,   g = dU/dtheta'
+
+    because dL/dtheta is linear in the rewards: one forward-mode derivative, no Hessian.
+
+    Args:
+        values: the batch's values by the critics. critic: theta. direction: g, by name.
+
+    Returns:
+        [B].
+    """
+    change = torch.func.jvp(values, (critic,), (direction,))[1]
+    return 2 * step_size / change.shape[1] * change.sum(dim=0)
+
+
+def outer_gradient(logits: Values, critic: Params, labels: Tensor, weight: float) -> tuple[Tensor, Params]:
+    """The outer loss U = weight · Σ_i CE(Q_i(first) − Q_i(second), label) at theta', and its gradient.
+
+    Args:
+        logits: theta' to the log-odds of each answer by each critic, [2, N].
+        labels: [N]; 1 means the first is preferred.
+
+    Returns:
+        U, []; dU/dtheta' by name.
+    """
+    names, params = list(critic), [value.detach().requires_grad_() for value in critic.values()]
+    predicted = logits(dict(zip(names, params, strict=True)))
+    loss = weight * F.binary_cross_entropy_with_logits(predicted, labels.expand_as(predicted)) * len(predicted)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+
+
+class Mrn:
+    """PEBBLE's update at each session; between sessions, while questions are left, one step on the outer loss.
+
+    Two departures: the meta-step comes beside that environment step's ordinary SAC update, not in its place; and a time
+    limit is no end of the episode (the published code treats it as one in this step only).
+
+    Args:
+        epochs, batch_size, stop_accuracy, pairs: as in `Pebble`.
+        meta_every: environment steps between meta-steps.
+        meta_batch_size: transitions of the critics' step.
+        meta_pairs: latest answered pairs in the outer loss (MRN: as many as a session has).
+        critic_learning_rate: of the critics' step (MRN: the agent's).
+        outer_weight: of the outer loss.
+    """
+
+    def __init__(
+        self,
+        epochs: int = 50,
+        batch_size: int = 128,
+        stop_accuracy: float = 0.97,
+        pairs: str = "buffer",
+        meta_every: int = 5000,
+        meta_batch_size: int = 256,
+        meta_pairs: int = 10,
+        critic_learning_rate: float = 5e-4,
+        outer_weight: float = 0.1,
+    ) -> None:
+        for name, ok in (
+            ("pairs", pairs in ("buffer", "fresh")),
+            ("meta_every", meta_every >= 1),
+            ("meta_batch_size", meta_batch_size >= 1),
+            ("meta_pairs", meta_pairs >= 1),
+            ("critic_learning_rate", critic_learning_rate > 0),
+        ):
+            if not ok:
+                raise ValueError(f"updater.{name}={locals()[name]} is out of range")
+        self.epochs, self.batch_size, self.stop_accuracy, self.pairs = epochs, batch_size, stop_accuracy, pairs
+        self.between_every, self.meta_batch_size, self.meta_pairs = meta_every, meta_batch_size, meta_pairs
+        self.critic_learning_rate, self.outer_weight = critic_learning_rate, outer_weight
+
+    def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
+        """Train every member on all answers; returns `train_epochs`' metrics."""
+        return train_on_answers(
+            reward,
+            preferences,
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            stop_accuracy=self.stop_accuracy,
+            rng=session.rng,
+        )
+
+    def between(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
+        """One Adam step of the reward on the outer loss; returns mrn/outer_loss, before the step."""
+        policy, batch = session.policy, session.transitions(self.meta_batch_size)
+        obs, actions, critic = batch["obs"], batch["actions"], policy.critic_parameters()
+        following = policy.next_value(batch["next_obs"], session.normal(*actions.shape).to(actions.device))
+        with torch.no_grad():
+            target = reward.mean(obs, actions) + policy.gamma * batch["not_done"] * following
+        latest = slice(max(len(preferences) - self.meta_pairs, 0), len(preferences))
+        sides = preferences.first[latest], preferences.second[latest]
+        starts = [(side.obs[:, 0].to(obs.device), side.actions[:, 0].to(obs.device)) for side in sides]
+
+        def values(theta: Params) -> Tensor:
+            return policy.q_values(theta, obs, actions)
+
+        def logits(theta: Params) -> Tensor:
+            return policy.q_values(theta, *starts[0]) - policy.q_values(theta, *starts[1])
+
+        moved = critic_step(values, critic, target, self.critic_learning_rate)
+        labels = preferences.prefers_first[latest].to(obs.device)
+        loss, direction = outer_gradient(logits, moved, labels, self.outer_weight)
+        weights = reward_weights(values, critic, direction, self.critic_learning_rate)
+        reward.optimizer.zero_grad(set_to_none=True)
+        (weights * reward.mean(obs, actions)).sum().backward()
+        reward.optimizer.step()
+        return {"mrn/outer_loss": float(loss)}
