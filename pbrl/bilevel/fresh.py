@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pbrl.preferences import Preferences
 
 PARTS = 4  # parts k and k ^ 1 are partners; k // 2 is the half
+HALVES = ([0, 1], [2, 3])
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Trajectories:
         return len(self.obs)
 
     def __getitem__(self, index: slice) -> Trajectories:
+        return Trajectories(self.obs[index], self.actions[index], self.raw_actions[index], self.mask[index])
+
+    def parts(self, chosen: list[int]) -> Trajectories:
+        """The pieces of these parts."""
+        index = torch.isin(torch.arange(len(self)) % PARTS, torch.tensor(chosen))
         return Trajectories(self.obs[index], self.actions[index], self.raw_actions[index], self.mask[index])
 
     def to(self, device: torch.device) -> Trajectories:
@@ -95,6 +101,12 @@ def labelled(preferences: Preferences, count: int, episodes: list[Segments], hor
     dealt = np.tile(np.arange(count), 2)[:, None]
     part = np.where(begin[:, None] >= 0, piece, dealt) % PARTS
     return Labelled(segments, preferences.prefers_first[latest], torch.from_numpy(part))
+
+
+def check_share(earlier_share: float | None) -> None:
+    """Raise a ValueError unless `training_rows` can use it."""
+    if earlier_share is not None and not 0 <= earlier_share <= 1:
+        raise ValueError(f"updater.earlier_share={earlier_share}; expected a share in [0, 1], or null for all pairs")
 
 
 def training_rows(size: int, new: int, earlier_share: float | None, rng: np.random.Generator) -> np.ndarray:

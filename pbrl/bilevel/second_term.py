@@ -9,6 +9,7 @@ is paid.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,34 @@ class Safeguard:
             return None, metrics
         return SecondTerm(reward, rows, whole, opened and usable, self.clip), metrics
 
-    def settle(self, term: SecondTerm | None) -> dict[str, float]:
+    def train(
+        self,
+        reward: RewardEnsemble,
+        estimate: Estimate | None,
+        direct: Callable[[], None] | None,
+        fit: Callable[[Callable[[], None]], dict[str, float]],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One reward update.
+
+        Args:
+            estimate: of Term 2; None: the method's Term 2 is switched off, and nothing is counted.
+            direct: adds to the gradients whatever else belongs to the direct term (`upper.direct`).
+            fit: trains on Term 1, calling its argument before each optimiser step.
+
+        Returns:
+            `fit`'s metrics, and those of Term 2, keys without a group.
+        """
+        term, found = (None, {}) if estimate is None else self.admit(reward, estimate)
+
+        def extra_gradient() -> None:
+            if direct is not None:
+                direct()
+            if term is not None:
+                term()
+
+        return fit(extra_gradient), found | self._settle(term)
+
+    def _settle(self, term: SecondTerm | None) -> dict[str, float]:
         """After the training: what the term met and did. A step at which it was not finite makes it a fallback."""
         if term is None:
             return {}

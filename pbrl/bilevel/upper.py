@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.fresh import PARTS, Labelled, Trajectories
+from pbrl.bilevel.fresh import PARTS, Labelled, Trajectories, cut
 from pbrl.bilevel.params import gradient, leaves
 from pbrl.losses import log_likelihood
-from pbrl.types import Params, PolicyView
+from pbrl.types import Params, PolicyView, Segments
 
 if TYPE_CHECKING:
     from pbrl.reward import RewardEnsemble
@@ -27,6 +27,12 @@ UPPERS = ("preference", "win_rate")
 # (trajectories, r_phi of their steps [B, H] with a graph to phi, 0 where padded) -> U_phi of each, float [B]
 Utility = Callable[[Trajectories, Tensor], Tensor]
 Regulariser = Callable[["RewardEnsemble"], Tensor]  # -> Z(phi), scalar [], with a graph to phi
+
+
+def check_upper(upper: str) -> None:
+    """Raise a ValueError unless it is the name of an upper objective."""
+    if upper not in UPPERS:
+        raise ValueError(f"updater.upper={upper}; expected one of {', '.join(UPPERS)}")
 
 
 @dataclass(frozen=True)
@@ -111,15 +117,19 @@ def mean_rewards(reward: RewardEnsemble, trajectories: Trajectories) -> Tensor:
 
 
 def direct(
-    utility: Utility | None, regulariser: Regulariser | None, reward: RewardEnsemble, trajectories: Trajectories
+    utility: Utility | None,
+    regulariser: Regulariser | None,
+    reward: RewardEnsemble,
+    episodes: list[Segments],
+    horizon: int,
 ) -> Callable[[], None] | None:
     """Subtracts the phi-gradients of E[U_phi(τ)] and Z(phi) from the loss's, every member as though it were alone.
 
-    None if nothing in them depends on phi or neither is given.
+    The expectation is over the episodes, cut to `horizon` steps. None if neither is given.
     """
     if utility is None and regulariser is None:
         return None
-    moved = trajectories.to(reward.device)
+    moved = cut(episodes, horizon).to(reward.device)
 
     def add() -> None:
         value = torch.zeros((), device=reward.device)

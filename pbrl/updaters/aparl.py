@@ -9,21 +9,20 @@ steps, its temperature is the weight of the entropy bonus.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from pbrl.bilevel.estimators import Implicit, covariance_term, implicit_term, win_rate_term
-from pbrl.bilevel.fresh import Labelled, Trajectories, cut, labelled, training_rows
+from pbrl.bilevel.fresh import Labelled, Trajectories, check_share, cut, labelled, training_rows
 from pbrl.bilevel.gate import Gate, as_gate, as_limit
-from pbrl.bilevel.second_term import Estimate, Safeguard, SecondTerm, WeightedRows
+from pbrl.bilevel.second_term import Estimate, Safeguard, WeightedRows
 from pbrl.bilevel.upper import (
-    UPPERS,
     Regulariser,
     ScoreRows,
     Utility,
+    check_upper,
     direct,
     mean_rewards,
     pair_scores,
@@ -31,7 +30,7 @@ from pbrl.bilevel.upper import (
     utility_scores,
 )
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, answer_loss, train_epochs
+from pbrl.reward import RewardEnsemble, train_on_answers
 from pbrl.types import Session
 
 
@@ -70,10 +69,8 @@ class APARL:
         gate: Gate | str | bool | None = None,
         clip: float | str = 0.1,
     ) -> None:
-        if upper not in UPPERS:
-            raise ValueError(f"updater.upper={upper}; expected one of {', '.join(UPPERS)}")
-        if earlier_share is not None and not 0 <= earlier_share <= 1:
-            raise ValueError(f"updater.earlier_share={earlier_share}; expected a share in [0, 1], or null for all")
+        check_upper(upper)
+        check_share(earlier_share)
         self.epochs, self.batch_size, self.stop_accuracy = epochs, batch_size, stop_accuracy
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.implicit = Implicit() if implicit is None else implicit
@@ -82,37 +79,23 @@ class APARL:
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
         rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
-        term: SecondTerm | None = None
-        found: dict[str, float] = {}
-        if self.implicit.estimator != "off":
-            term, found = self.safeguard.admit(reward, self._estimate(reward, preferences, session))
-        extra = None
-        if self.utility is not None or self.regulariser is not None:
-            extra = direct(self.utility, self.regulariser, reward, cut(session.fresh(), self.implicit.horizon))
-
-        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
-
-        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-            chosen = rows[index]
-            return answer_loss(reward, member, first[chosen], second[chosen], labels[chosen])
-
-        def extra_gradient() -> None:
-            if extra is not None:
-                extra()
-            if term is not None:
-                term()
-
-        metrics = train_epochs(
+        off = self.implicit.estimator == "off"
+        fit = partial(
+            train_on_answers,
             reward,
-            loss,
-            len(rows),
+            preferences,
             batch_size=self.batch_size,
             max_epochs=self.epochs,
             stop_accuracy=self.stop_accuracy,
             rng=session.rng,
-            extra_gradient=extra_gradient,
+            rows=rows,
         )
-        found |= self.safeguard.settle(term)
+        metrics, found = self.safeguard.train(
+            reward,
+            None if off else self._estimate(reward, preferences, session),
+            direct(self.utility, self.regulariser, reward, session.fresh(), self.implicit.horizon),
+            lambda extra: fit(extra_gradient=extra),
+        )
         return metrics | {f"aparl/{name}": value for name, value in found.items()}
 
     # ------------------------------------------------------------------------------------------------ Term 2

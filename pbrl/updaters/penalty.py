@@ -1,0 +1,173 @@
+"""The first-order penalty method (Gaur et al., "On the Sample Complexity Bounds of Bilevel Reinforcement Learning",
+NeurIPS 2025, Algorithm 1) on robots: fresh pairs, and a second actor in place of second derivatives, guarded.
+
+Term 1 is PEBBLE's cross-entropy; with `sigma=0` so is the whole update. Term 2 is the difference in discounted rewards
+between rollouts of a policy that also climbs G and the present one, over sigma. SAC plays the paper's first policy: its
+actor is theta, its critic gives the actor gradient of V (Algorithm 2's part), its temperature weighs the entropy bonus.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pbrl.bilevel.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
+from pbrl.bilevel.gate import Gate, as_gate, as_limit
+from pbrl.bilevel.params import combine, norm
+from pbrl.bilevel.second_actor import Walk, bracket, climb, copied, divergence_from, draw
+from pbrl.bilevel.second_term import Estimate, Safeguard, WeightedRows
+from pbrl.bilevel.upper import Regulariser, ScoreRows, Utility, check_upper, direct, pair_scores, utility_scores
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.types import Params, Session
+
+REFERENCES = ("none", "initial", "pretrained")
+
+
+class Penalty:
+    """Cross-entropy on fresh pairs, and the penalty bracket behind a gate.
+
+    Args:
+        epochs, batch_size, stop_accuracy: as for PEBBLE.
+        earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
+        upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
+        utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
+        sigma: penalty strength at the first session, ≥ 0; 0: no second actor. Small: less bias, more noise.
+        sigma_decay: factor per session, in (0, 1].
+        walk: how the second actor is found and rolled out; its steps are environment steps.
+        reference: policy from which a KL is taken off the second actor's objective: none, initial (before the first
+            step) or pretrained (at the first session). SAC's own objective has the entropy bonus only.
+        reference_weight: of that KL, reward units per nat.
+        gate: when Term 2 is used; off: always.
+        clip: at most this multiple of Term 1's norm, for each member at each step; .inf: no limit.
+
+    Raises:
+        ValueError: for an unknown name or a number out of range.
+    """
+
+    pairs = "fresh"
+
+    def __init__(
+        self,
+        epochs: int = 50,
+        batch_size: int = 128,
+        stop_accuracy: float = 0.97,
+        earlier_share: float | None = None,
+        upper: str = "preference",
+        utility: Utility | None = None,
+        regulariser: Regulariser | None = None,
+        sigma: float = 1.0,
+        sigma_decay: float = 1.0,
+        walk: Walk | None = None,
+        reference: str = "none",
+        reference_weight: float = 0.1,
+        gate: Gate | str | bool | None = None,
+        clip: float | str = 0.1,
+    ) -> None:
+        check_upper(upper)
+        check_share(earlier_share)
+        if reference not in REFERENCES:
+            raise ValueError(f"updater.reference={reference}; expected one of {', '.join(REFERENCES)}")
+        if sigma < 0 or not 0 < sigma_decay <= 1 or reference_weight < 0:
+            raise ValueError(
+                f"updater.sigma={sigma}, sigma_decay={sigma_decay}, reference_weight={reference_weight}; "
+                "expected ≥ 0, in (0, 1] and ≥ 0"
+            )
+        self.epochs, self.batch_size, self.stop_accuracy = epochs, batch_size, stop_accuracy
+        self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
+        self.first_sigma, self.sigma_decay = sigma, sigma_decay
+        self.walk = Walk() if walk is None else walk
+        self.reference, self.reference_weight = reference, reference_weight
+        self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
+        self.sessions = 0
+        self.reference_policy: Params | None = None
+
+    @property
+    def sigma(self) -> float:
+        """Penalty strength of the session to come."""
+        return self.first_sigma * self.sigma_decay**self.sessions
+
+    def start(self, session: Session) -> None:
+        """Before the first step of a run: keep the initial policy if it is the reference."""
+        if self.reference == "initial":
+            self.reference_policy = copied(session.policy.parameters())
+
+    def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
+        """Train every member; returns `train_on_answers`' metrics and what became of Term 2 (`penalty/…`)."""
+        if self.reference == "pretrained" and self.reference_policy is None:
+            self.reference_policy = copied(session.policy.parameters())
+        rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
+        fit = partial(
+            train_on_answers,
+            reward,
+            preferences,
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            stop_accuracy=self.stop_accuracy,
+            rng=session.rng,
+            rows=rows,
+        )
+        metrics, found = self.safeguard.train(
+            reward,
+            self._estimate(reward, preferences, session) if self.first_sigma else None,
+            direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.horizon),
+            lambda extra: fit(extra_gradient=extra),
+        )
+        self.sessions += 1
+        return metrics | {f"penalty/{name}": value for name, value in found.items()}
+
+    # ------------------------------------------------------------------------------------------------ Term 2
+
+    def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
+        episodes = session.fresh()
+        if session.new_pairs < 2 or not episodes:
+            return Estimate(None)
+        trajectories = cut(episodes, self.walk.horizon)
+        scores = [
+            pair_scores(self.upper, reward, labelled(preferences, session.new_pairs, episodes, self.walk.horizon))
+        ]
+        if self.utility is not None:
+            scores.append(utility_scores(self.utility, reward, trajectories))
+        if len(trajectories) < PARTS or not all(part.complete for part in scores):
+            return Estimate(None)
+        together, policy = ScoreRows.cat(scores).to(reward.device), session.policy
+        halves, lengths = [], []
+        for half in (0, 1):
+            try:
+                walked = self._walk(together, half, session)
+            except FloatingPointError:  # counted as a fallback to Term 1
+                return Estimate(None)
+            own = trajectories.parts(HALVES[half])
+            rolled = self._roll(walked, half, session) if self.walk.twin else [own, *self._roll(walked, half, session)]
+            present, penalised = (part.to(reward.device) for part in rolled)
+            halves.append(bracket(present, penalised, half, policy.gamma, self.sigma))
+            lengths.append(norm(combine(walked[-1], policy.parameters(), -1.0)))
+        return Estimate(WeightedRows.cat(halves), metrics={"sigma": self.sigma, "walk_length": sum(lengths) / 2})
+
+    def _walk(self, scores: ScoreRows, half: int, session: Session) -> list[Params]:
+        """The twin's parameters, if there is one, and theta_sigma's."""
+        sigma, policy, apart = self.sigma, session.policy, None
+        if self.reference_policy is not None:
+            apart = divergence_from(self.reference_policy, policy, self.reference_weight)
+        draws = draw(self.walk, session, scores.raw_actions.shape[1], scores.obs.device)
+        theta_sigma = climb(
+            self.walk, policy, draws, lambda theta: sigma * scores.ascent(policy, theta, HALVES[half]), apart
+        )
+        return [climb(self.walk, policy, draws, None, apart), theta_sigma] if self.walk.twin else [theta_sigma]
+
+    def _roll(self, policies: list[Params], half: int, session: Session) -> list[Trajectories]:
+        """Each policy's trajectories. The second half rolls out in reverse order: where in an episode a policy's turn
+        comes then has opposite signs in the two estimates, and cannot pass for agreement."""
+        order = list(range(len(policies)))[:: 1 if half == 0 else -1]
+        steps = self.walk.rollout_steps // (2 * len(policies))
+        rolled = {i: cut(session.rollout(policies[i], steps), self.walk.horizon) for i in order}
+        return [rolled[i] for i in range(len(policies))]
+
+    # ------------------------------------------------------------------------------------------------ exact resume
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": self.safeguard.state_dict(), "sessions": self.sessions, "reference": self.reference_policy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.safeguard.load_state_dict(state["guard"])
+        self.sessions, self.reference_policy = state["sessions"], state["reference"]
