@@ -49,8 +49,8 @@ def ask(
             teacher.load_state_dict(state)
         return answer
     with journal.room_for(query):
-        on_asking(True)
         try:
+            on_asking(True)
             answer = teacher(query)
         except Exception as error:
             raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error

@@ -17,6 +17,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from stable_baselines3.common.utils import set_random_seed
 
 from pbrl.asking import AnswerJournal
 from pbrl.checkpoint import write_atomically
@@ -46,6 +47,7 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    set_random_seed(cfg.seed)  # the global generators: no part here uses them, a user's own may
     parts_of = _Builder(cfg, choices, run_dir)
     loop = parts_of.loop()
     if resume is None:

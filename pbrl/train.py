@@ -46,8 +46,10 @@ class Interrupts:
         print("\nstopping after this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def set_asking(self, asking: bool) -> None:
-        """The teacher is being asked: an interrupt need not wait for the end of a step."""
+        """The teacher is busy, or is no longer: meanwhile an interrupt, also one just before, does not wait for it."""
         self.asking = asking
+        if asking and self.requested:
+            raise KeyboardInterrupt
 
 
 def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[str, Any]:

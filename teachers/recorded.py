@@ -62,6 +62,13 @@ class RecordedTeacher:
         """`teacher/known_rate`: share of the last query's pairs that are in the data set."""
         return {"teacher/known_rate": self._known_rate}
 
+    def state_dict(self) -> dict[str, float]:
+        """Plain JSON values."""
+        return self.metrics()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._known_rate = state["teacher/known_rate"]
+
 
 def _read(file: BinaryIO) -> dict[tuple[bytes, bytes], float]:
     """Mean label of each stored pair, in both orders."""

@@ -118,11 +118,11 @@ class SimulatedTeacher:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"rng": self._rng.bit_generator.state, "queries": self._queries}
+        return {"rng": self._rng.bit_generator.state, "queries": self._queries, "metrics": self.metrics()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]
-        self._queries = state["queries"]
+        self._queries, self._metrics = state["queries"], state["metrics"]
 
 
 def _effective_rates(returns: np.ndarray, labels: np.ndarray, given: np.ndarray) -> dict[str, float]:

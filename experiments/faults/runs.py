@@ -1,0 +1,127 @@
+"""Runs to be broken: `python -m pbrl.train` on the point mass, in processes of their own that can be killed.
+
+A process is a fork of this one, which has imported everything, and calls the same entry with the same arguments: fifty
+starts would otherwise be mostly imports. `real=True` starts `python -m pbrl.train` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pbrl.building
+import pbrl.loop
+import pbrl.train
+
+SMALL = [
+    "env=pointmass",
+    "threads=1",
+    "device=cpu",
+    "total_steps=1500",
+    "checkpoint_every=60",
+    "log_every=50",
+    "segment_length=20",
+    "pretraining.steps=100",
+    "pretraining.updates=10",
+    "agent.learning_starts=100",
+    "agent.net_arch=[16,16]",
+    "agent.batch_size=32",
+    "agent.buffer_size=700",
+    "reward.hidden=[16]",
+    "feedback.every=100",
+    "feedback.budget=100",
+    "feedback.memory_steps=500",
+    "eval.every=200",
+    "eval.episodes=2",
+]
+
+
+@dataclass
+class Process:
+    """A running training: its process id and the file with everything it prints."""
+
+    pid: int
+    output: Path
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def wait_for(self, text: str, seconds: float = 120) -> bool:
+        """Until the process has printed `text` (True) or ended (False)."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if text in self.said():
+                return True
+            if self.ended() is not None:
+                return text in self.said()
+            time.sleep(0.005)
+        raise TimeoutError(f"no {text!r} within {seconds} s:\n{self.said()}")
+
+    def ended(self) -> int | None:
+        """The exit code (−9: killed) if it has ended."""
+        if not hasattr(self, "_code"):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid == 0:
+                return None
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, seconds: float = 300) -> int:
+        """The exit code, when it ends."""
+        end = time.monotonic() + seconds
+        while (code := self.ended()) is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"process still running after {seconds} s:\n{self.said()}")
+            time.sleep(0.01)
+        return code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+
+def start(arguments: Sequence[str], output: Path, fault: str = "", real: bool = False) -> Process:
+    """`python -m pbrl.train ARGUMENTS` with PBRL_FAULT=fault."""
+    output.unlink(missing_ok=True)
+    environment = {**os.environ, "PBRL_FAULT": fault}
+    if real:
+        with output.open("wb") as file:
+            command = [sys.executable, "-m", "pbrl.train", *arguments]
+            child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        child.returncode = 0  # waited for by Process, not by Popen
+        return Process(child.pid, output)
+    pid = os.fork()
+    if pid:
+        return Process(pid, output)
+    code = 1
+    try:
+        os.environ.update(environment)
+        handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.argv = ["pbrl.train", *arguments]
+        pbrl.train.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def fresh(run_dir: Path, *more: str) -> list[str]:
+    """Arguments of a new small run."""
+    return [*SMALL, f"run_dir={run_dir}", *more]
+
+
+def resumed(run_dir: Path) -> list[str]:
+    """Arguments that go on with it."""
+    return [f"resume={run_dir}", "trust=[experiments.faults.parts]"]

@@ -1,0 +1,312 @@
+"""A resumed run equals the uninterrupted one, bit for bit, wherever it was stopped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+import pbrl.checkpoint
+from experiments.faults.same import differences, metrics
+from pbrl.building import build
+from pbrl.checkpoint import load_latest
+from pbrl.configuration import options
+from pbrl.loop import Loop, Stopped
+from pbrl.types import Answer, Query
+
+TINY = [
+    "env=pointmass",
+    "threads=1",
+    "device=cpu",
+    "total_steps=600",
+    "checkpoint_every=25",
+    "log_every=30",
+    "segment_length=10",
+    "pretraining.steps=60",
+    "pretraining.updates=5",
+    "agent.learning_starts=60",
+    "agent.net_arch=[8,8]",
+    "agent.batch_size=16",
+    "agent.buffer_size=300",  # the replay wraps
+    "reward.hidden=[8]",
+    "updater.epochs=4",
+    "feedback.every=60",
+    "feedback.budget=40",
+    "feedback.per_session=6",
+    "feedback.memory_steps=280",  # so do the rollouts
+    "eval.every=100",
+    "eval.episodes=2",
+]
+MORE = {"aparl": ["reward.activation=silu"], "penalty": ["reward.activation=silu"], "fresh": ["updater.pairs=fresh"]}
+
+
+class Crash(Exception):
+    """Stands for a kill: nothing is saved after it."""
+
+
+def made(run_dir: Path, *more: str, resume: bool = False) -> Loop:
+    """A loop that is ready to run."""
+    overrides = [f"resume={run_dir}", "trust=[tests.test_resume]"] if resume else [*TINY, f"run_dir={run_dir}", *more]
+    with initialize_config_module("pbrl.conf", version_base="1.3"):
+        cfg = compose("train", overrides=overrides)
+    return build(cfg, {"env": "pointmass", "teacher": "mistake"}, overrides)
+
+
+def finish(loop: Loop) -> Path:
+    """Run to the end."""
+    try:
+        loop.run()
+    finally:
+        loop.close(True)
+    return loop.run_dir
+
+
+def raising(function: Callable[..., Any], error: BaseException, calls: int = 0, after: bool = False) -> Any:
+    """`function`, but from its call number `calls` on it raises (after having done its work, if `after`)."""
+    count = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls and not after:
+            raise error
+        result = function(*args, **kwargs)
+        if count > calls:
+            raise error
+        return result
+
+    return wrapped
+
+
+class InterruptedTeacher:
+    """Ctrl-C while the teacher thinks: it has drawn random numbers already."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+        self.state_dict, self.load_state_dict = teacher.state_dict, teacher.load_state_dict
+
+    def __call__(self, query: Query) -> Answer:
+        self.teacher(query)
+        raise KeyboardInterrupt
+
+
+def stop(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    target = loop.step + after
+    loop.stop = lambda: loop.step >= target
+
+
+def interrupt_teacher(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    loop.parts.teacher = InterruptedTeacher(loop.parts.teacher)
+
+
+def crash_in_update(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop.agent, "update", raising(loop.agent.update, Crash(), after, after=True))
+
+
+def crash_in_session(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop.parts.updater, "update", raising(loop.parts.updater.update, Crash(), after % 2, after=True))
+
+
+def crash_after_answer(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("pbrl.loop.reward_health", raising(lambda *_: {}, Crash(), after % 2))
+
+
+def crash_in_evaluation(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop.parts.eval_env, "step", raising(loop.parts.eval_env.step, Crash(), after))
+
+
+def crash_in_save(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pbrl.checkpoint, "_write_manifest", raising(pbrl.checkpoint._write_manifest, Crash(), 1 + after % 3))
+
+
+def crash_after_save(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pbrl.checkpoint, "_drop_old", raising(pbrl.checkpoint._drop_old, Crash(), 1 + after % 3))
+
+
+WAYS = [
+    stop,
+    interrupt_teacher,
+    crash_in_update,
+    crash_in_session,
+    crash_after_answer,
+    crash_in_evaluation,
+    crash_in_save,
+    crash_after_save,
+]
+
+
+def interrupted(run_dir: Path, rng: np.random.Generator, points: int, *more: str) -> int:
+    """The run with these options, interrupted at up to `points` random points; how many there were."""
+    loop, count = made(run_dir, *more), 0
+    while count < points:
+        way = WAYS[count % len(WAYS)]
+        with pytest.MonkeyPatch.context() as patch:
+            way(loop, int(rng.integers(8, 60)), patch)
+            try:
+                loop.run()
+                break
+            except (Stopped, Crash):
+                count += 1
+            finally:
+                loop.close(False)
+        loop = made(run_dir, resume=True)
+    else:
+        finish(loop)
+    return count
+
+
+def test_a_run_interrupted_twenty_times_equals_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pbrl.checkpoint, "FILE_ROWS", 128)  # several step files, and old ones to drop
+    more = ["teacher=mistake", "teacher.mistake=0.3"]
+    reference = finish(made(tmp_path / "a", *more))
+    assert interrupted(tmp_path / "b", np.random.default_rng(0), 20, *more) == 20
+    assert differences(reference, tmp_path / "b") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("updater", [*(set(options("updater")) - {"oracle"}), "fresh"])
+def test_every_updater_resumes_exactly(tmp_path: Path, updater: str, seed: int) -> None:
+    name = "pebble" if updater == "fresh" else updater
+    more = [f"updater={name}", f"seed={seed}", "teacher=noisy", "query=k-center-entropy", *MORE.get(updater, [])]
+    reference = finish(made(tmp_path / "a", *more))
+    assert interrupted(tmp_path / "b", np.random.default_rng(seed), 20, *more) > 5
+    assert differences(reference, tmp_path / "b") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [["query=branch"], ["updater=oracle"], ["agent.hybrid_ratio=0.5"], ["query=near-policy"]]
+)
+def test_other_parts_resume_exactly(tmp_path: Path, more: list[str]) -> None:
+    reference = finish(made(tmp_path / "a", *more))
+    assert interrupted(tmp_path / "b", np.random.default_rng(1), 10, *more) > 3
+    assert differences(reference, tmp_path / "b") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["walker-walk", "door-open"])
+def test_real_simulators_resume_in_the_middle_of_an_episode(tmp_path: Path, env: str) -> None:
+    more = [f"env={env}", "env.horizon=120", "total_steps=250", "updater.epochs=5"]
+    reference = finish(made(tmp_path / "a", *more))
+    loop = made(tmp_path / "b", *more)
+    for step in (50, 171, 203):  # episodes begin at multiples of 120
+        loop.stop = lambda loop=loop, step=step: loop.step >= step
+        with pytest.raises(Stopped):
+            loop.run()
+        loop.close(False)
+        loop = made(tmp_path / "b", resume=True)
+        assert loop.step == step
+    finish(loop)
+    assert differences(reference, tmp_path / "b") == []
+
+
+class GlobalTeacher:
+    """A user's teacher who draws from the generators that belong to nobody."""
+
+    def __call__(self, query: Query) -> Answer:
+        draws = [random.random() + np.random.rand() + float(torch.rand(())) for _ in range(len(query))]  # noqa: NPY002
+        return Answer((torch.tensor(draws) > 1.5).float(), torch.ones(len(query), dtype=torch.bool))
+
+
+def test_the_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    more = ["teacher._target_=tests.test_resume.GlobalTeacher", "total_steps=400"]
+    reference = finish(made(tmp_path / "a", *more))
+    loop = made(tmp_path / "b", *more)
+    loop.stop = lambda: loop.step >= 190
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    finish(made(tmp_path / "b", resume=True))
+    assert differences(reference, tmp_path / "b") == []
+
+
+def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
+    runs = [finish(made(tmp_path / f"{seed}", f"seed={seed}", "total_steps=200")) for seed in (0, 1)]
+    found = differences(*runs)
+    assert any(name.startswith("row") for name in found)
+    assert ".state.agent.policy.actor.mu.weight" in found
+    assert ".state.reward.optimizer.state.0.exp_avg" in found
+    assert ".arrays.preferences/obs" in found
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_answers(tmp_path: Path) -> None:
+    more = ["total_steps=200", "checkpoint_every=190", "teacher=mistake"]
+    reference = finish(made(tmp_path / "a", *more))
+    loop = made(tmp_path / "b", *more)
+    loop.parts.updater.update = raising(loop.parts.updater.update, Crash())  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        loop.run()
+    loop.close(False)
+    answers = (tmp_path / "b" / "answers.jsonl").read_bytes()
+    assert answers.count(b"\n") == 1
+    assert not (tmp_path / "b" / "checkpoints").exists()
+    finish(made(tmp_path / "b", resume=True))
+    assert (tmp_path / "b" / "answers.jsonl").read_bytes().startswith(answers)
+    assert differences(reference, tmp_path / "b") == []
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    run = finish(made(tmp_path / "a", "total_steps=200"))
+    before = metrics(run)
+    finish(made(run, resume=True))
+    assert metrics(run) == before
+
+
+def test_stopping_twice_at_one_step_before_any_row_is_logged_keeps_the_log_whole(tmp_path: Path) -> None:
+    loop = made(tmp_path / "a")
+    loop.stop = lambda: loop.step >= 95
+    for _ in range(4):
+        with pytest.raises(Stopped):
+            loop.run()
+        loop.close(False)
+        loop = made(tmp_path / "a", resume=True)
+        loop.stop = lambda: True
+    loop.close(False)
+    assert [row["env_step"] for row in metrics(tmp_path / "a")] == [0, 30, 60, 90]
+    names = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert names == ["step_000000000095.002", "step_000000000095.003"]
+
+
+def test_no_answer_is_asked_for_while_the_run_is_asked_to_stop(tmp_path: Path) -> None:
+    loop = made(tmp_path / "a")
+    loop.stop = lambda: loop.pending is not None
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    assert (tmp_path / "a" / "answers.jsonl").read_bytes() == b""
+    assert made_pending(tmp_path / "a")
+
+
+def made_pending(run: Path) -> bool:
+    """Whether the questions of an unfinished session are in the newest checkpoint."""
+    return "pending/first/obs" in load_latest(run).arrays
+
+
+def test_new_versions_and_an_edited_config_are_explained_key_by_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = made(tmp_path / "a")
+    loop.stop = lambda: loop.step >= 30
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text().replace("tau: 0.005", "tau: 0.01"))
+    versions = tmp_path / "a" / "versions.json"
+    versions.write_text(versions.read_text().replace(torch.__version__, "1.0"))
+    made(tmp_path / "a", resume=True).close(False)
+    printed = capsys.readouterr().out
+    assert f"so not bit for bit: torch 1.0 → {torch.__version__}" in printed
+    assert "config.yaml was edited since the checkpoint, so not bit for bit: agent.tau: 0.005 → 0.01" in printed
