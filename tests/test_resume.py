@@ -147,7 +147,7 @@ def interrupted(run_dir: Path, rng: np.random.Generator, points: int, *more: str
     while count < points:
         way = WAYS[count % len(WAYS)]
         with pytest.MonkeyPatch.context() as patch:
-            way(loop, int(rng.integers(8, 60)), patch)
+            way(loop, int(rng.integers(3, 28)), patch)
             try:
                 loop.run()
                 break

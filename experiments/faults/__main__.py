@@ -34,7 +34,7 @@ PARTS = "experiments.faults.parts"
 TEACHER = [f"teacher._target_={PARTS}.FailingTeacher"]
 SIMULATOR = [f"env._target_={PARTS}.FailingPointMass"]
 CALLBACK = [f"callbacks=[{{_target_:{PARTS}.PoisonedGradient}}]"]
-UPDATER = [f"updater={{_target_:{PARTS}.PoisonedPebble}}"]
+UPDATER = [f"updater._target_={PARTS}.PoisonedPebble"]
 READY = "pointmass ·"  # printed when everything is built, and restored
 
 
@@ -191,16 +191,16 @@ def remount(folder: Path, options: str) -> None:
 def disks(lab: Laboratory) -> None:
     """A disk that fills up, and one that cannot be written."""
     with lab.row("full disk") as row:
-        for size in range(140, 420, 28):
+        for size in range(120, 400, 40):
             with disk(lab.folder / "disk", f"{size}k") as folder:
                 run = folder / "run"
-                outcome = lab.error(fresh(run, "checkpoint_every=60"), expected="No space left")
+                outcome = lab.error(fresh(run), expected="No space left")
                 row.times += 1
                 row.outcomes.append(outcome)
                 remount(folder, "size=50m")
                 if outcome == "one error" and (run / "config.yaml").exists():
                     held = labels(run)
-                    row.outcomes.append(lab.continued(run, "checkpoint_every=60"))
+                    row.outcomes.append(lab.continued(run))
                     if labels(run) < held:
                         row.outcomes.append("LOST answers")
     with lab.row("full disk when the teacher is asked") as row, disk(lab.folder / "disk", "50m") as folder:

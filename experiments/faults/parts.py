@@ -50,7 +50,7 @@ class FailingTeacher(SimulatedTeacher):
 class FailingPointMass(PointMass):
     """Returns NaN as observation or reward (nan-obs, nan-reward) in the 31st step of its episodes, `at` steps on."""
 
-    def __init__(self, at: int = 600, horizon: int = 50, seed: int | None = None) -> None:
+    def __init__(self, at: int = 250, horizon: int = 50, seed: int | None = None) -> None:
         super().__init__(horizon, seed)
         self.at, self.taken = at, 0
 
@@ -66,7 +66,7 @@ class FailingPointMass(PointMass):
 class PoisonedGradient(BaseCallback):
     """From environment step `at` on one gradient of the critics or the actor is NaN (nan-critic, nan-actor)."""
 
-    def __init__(self, at: int = 600) -> None:
+    def __init__(self, at: int = 300) -> None:
         super().__init__()
         self.at, self.done = at, False
 
@@ -83,8 +83,8 @@ class PoisonedGradient(BaseCallback):
 class PoisonedPebble(Pebble):
     """In its update number `at` the reward's last gradient is NaN (nan-reward-gradient)."""
 
-    def __init__(self, at: int = 2, epochs: int = 5) -> None:
-        super().__init__(epochs=epochs, stop_accuracy=1.1)
+    def __init__(self, at: int = 2, **options: Any) -> None:
+        super().__init__(**options)
         self.at, self.updates = at, 0
 
     def update(self, reward: Any, preferences: Any, session: Any) -> dict[str, float]:
