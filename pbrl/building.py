@@ -147,7 +147,7 @@ class _Builder:
             query=query,
             teacher=teacher,
             updater=updater,
-            preferences=self._preferences(),
+            preferences=preferences,
             loggers=self._loggers(),
             journal=_refuse(lambda: AnswerJournal(self.run_dir / "answers.jsonl")),
         )
@@ -162,8 +162,8 @@ class _Builder:
             pretraining=pretraining,
             checkpoint_every=cfg.checkpoint_every,
             log_every=cfg.log_every,
-            oracle=self._oracle(),
-            callback=self._callback(),
+            oracle=oracle,
+            callback=callback,
         )
 
     def _seed(self, part: int) -> int:

@@ -1,0 +1,90 @@
+"""Shared by all tests: one torch thread a worker, no display, no W&B account, and tiny runs of the real loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+from pbrl.building import build
+from pbrl.configuration import register_resolvers
+from pbrl.loop import Loop
+
+torch.set_num_threads(1)
+register_resolvers()
+
+# A whole preference run in about a second: every phase happens, nothing has time to become good.
+TINY = (
+    "env=pointmass",
+    "updater=pebble",
+    "threads=1",
+    "total_steps=600",
+    "segment_length=10",
+    "agent.learning_starts=100",
+    "agent.net_arch=[16,16]",
+    "agent.batch_size=32",
+    "agent.buffer_size=10000",
+    "reward.hidden=[16,16]",
+    "pretraining.steps=100",
+    "pretraining.updates=5",
+    "feedback.budget=15",
+    "feedback.per_session=5",
+    "feedback.every=100",
+    "eval.every=250",
+    "eval.episodes=2",
+    "checkpoint_every=300",
+    "log_every=100",
+)
+
+
+def config(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """The composed config and the chosen options, as `python -m pbrl.train` has them."""
+    with initialize_config_module("pbrl.conf", version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+    choices = {name: str(choice) for name, choice in cfg.hydra.runtime.choices.items() if "/" not in name}
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra")
+    OmegaConf.set_struct(cfg, True)
+    return cfg, choices
+
+
+def tiny_loop(run_dir: Path, *overrides: str) -> Loop:
+    """A tiny run, built and ready."""
+    cfg, choices = config(*TINY, f"run_dir={run_dir}", *overrides)
+    return build(cfg, choices, [])
+
+
+def finish(loop: Loop) -> dict[str, Any]:
+    """Run to the end and close."""
+    complete = False
+    try:
+        summary = loop.run()
+        complete = True
+    finally:
+        loop.close(complete)
+    return summary
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the columns that measure time."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished tiny run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    finish(tiny_loop(run_dir))
+    return run_dir

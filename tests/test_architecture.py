@@ -1,0 +1,100 @@
+"""Who may import whom, and where the packages lie."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"types", "losses", "bilevel", "statistics"},
+    {"reward", "rollouts", "preferences", "reed"},
+    {"queries", "updaters"},
+    {"replay", "agent", "exploration", "fast_update"},
+    {"asking", "checkpoint", "wire", "session", "evaluation", "loggers", "loop"},
+    {"configuration", "stored", "building", "train", "evaluate"},
+    {"compare", "comparison", "runs", "tables", "plots", "report", "sweep", "listing"},
+]
+SIMULATORS = {"metaworld", "dm_control", "mujoco"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all modules imported anywhere in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def runtime_imports(path: Path) -> Iterator[str]:
+    """Imports outside `if TYPE_CHECKING:` blocks."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", modules("pbrl"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_pbrl_knows_no_environment_no_teacher_and_no_experiment(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & {"envs", "teachers", "experiments", "tests", *SIMULATORS}
+
+
+@pytest.mark.parametrize("path", modules("pbrl"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_imports_a_higher_layer(path: Path) -> None:
+    parts = path.relative_to(ROOT / "pbrl").with_suffix("").parts
+    if parts[0] in ("__init__", "conf"):
+        return
+    for name in runtime_imports(path):
+        if name.startswith("pbrl."):
+            assert layer(name.split(".")[1]) <= layer(parts[0]), f"{path.name} imports {name}"
+
+
+def test_no_updater_imports_another() -> None:
+    for path in modules("pbrl/updaters"):
+        others = [name for name in imports(path) if name.startswith("pbrl.updaters")]
+        assert not others, f"{path.name} imports {others}"
+
+
+def test_sb3_stays_with_the_agent() -> None:
+    allowed = {"agent.py", "replay.py", "loop.py", "building.py", "fast_update.py"}
+    for path in modules("pbrl"):
+        if any(name.startswith("stable_baselines3") for name in imports(path)):
+            assert path.name in allowed, path
+
+
+def test_teachers_import_of_pbrl_its_types_only() -> None:
+    for path in modules("teachers"):
+        assert {name for name in imports(path) if name.split(".")[0] == "pbrl"} <= {"pbrl.types"}, path
+
+
+def test_environments_do_not_import_pbrl() -> None:
+    for path in modules("envs"):
+        assert "pbrl" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_the_packages_lie_beside_each_other() -> None:
+    import envs
+    import pbrl
+    import teachers
+
+    places = {Path(str(package.__file__)).parent.parent for package in (envs, pbrl, teachers)}
+    assert places == {ROOT}

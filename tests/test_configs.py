@@ -1,0 +1,133 @@
+"""Every shipped option composes, names things that exist, and is refused in one line when misused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from pbrl.building import build
+from pbrl.configuration import CONF, GROUPS, ConfigError, check, first_error, options
+from tests.conftest import config
+
+ALL = [(group, option) for group in GROUPS for option in options(group)]
+NEEDS = {  # mandatory values of generic options
+    "env=metaworld": ["env.task=pick-place"],
+    "env=dm_control": ["env.domain=reacher", "env.task=easy"],
+    "env=gymnasium": ["env.id=Pendulum-v1"],
+    "teacher=http": ["teacher.url=http://127.0.0.1:9/label"],
+    "teacher=http-frames": ["teacher.url=http://127.0.0.1:9/label"],
+    "teacher=recorded": ["teacher.path=labels.npz"],
+}
+
+
+def targets(node: DictConfig) -> list[str]:
+    found = [node["_target_"]] if node.get("_target_") else []
+    for value in node.values():
+        if isinstance(value, DictConfig):
+            found += targets(value)
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), ALL, ids=lambda value: str(value))
+def test_every_option_composes_and_its_keys_fit_its_target(group: str, option: str) -> None:
+    cfg, choices = config(f"{group}={option}", *NEEDS.get(f"{group}={option}", []))
+    assert choices[group] == option
+    check(cfg)
+    for target in targets(cfg[group]):
+        assert callable(get_object(target))
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes(name: str) -> None:
+    cfg, _ = config(f"experiment={name}")
+    check(cfg)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_an_experiment_overrides_the_defaults_and_the_command_line_overrides_it() -> None:
+    default, quick = config()[0], config("experiment=quick")[0]
+    assert quick.total_steps != default.total_steps
+    assert config("experiment=quick", "total_steps=77")[0].total_steps == 77
+
+
+def test_each_yaml_says_what_it_is_for_or_names_a_target() -> None:
+    for path in CONF.rglob("*.yaml"):
+        text = path.read_text()
+        assert "_target_" in text or "defaults" in text or text.startswith("# "), path
+
+
+def test_published_settings_follow_the_environment() -> None:
+    walker = config("env=walker-walk", "agent=sac-published")[0].agent
+    door = config("env=door-open", "agent=sac-published")[0].agent
+    quadruped = config("env=quadruped-walk", "agent=sac-published")[0].agent
+    assert (list(walker.net_arch), walker.batch_size, walker.learning_rate) == ([1024, 1024], 1024, 5e-4)
+    assert (list(door.net_arch), door.batch_size, door.learning_rate) == ([256, 256, 256], 512, 3e-4)
+    assert quadruped.learning_rate == 1e-4
+
+
+WRONG = {
+    "env=dor-open": "did you mean door-open?",
+    "updater=pebbel": "did you mean pebble?",
+    "lrr=1": "key lrr does not exist",
+    "feedback.budgett=3": "did you mean feedback.budget?",
+    "agent.batchsize=3": "did you mean agent.batch_size?",
+}
+REFUSED = {
+    "+lrr=1": "key lrr does not exist",
+    "+feedback.foo=2": "key feedback.foo does not exist",
+    "+teacher.foo=1": "key teacher.foo does not exist",
+    "+agent.nets=1": "key agent.nets does not exist",
+    "total_steps=abc": "total_steps=abc is a str; expected int",
+    "feedback.every=1.5": "feedback.every=1.5 is a float; expected int",
+    "agent.batch_size=a": "agent.batch_size=a is a str; expected int",
+    "segment_length=900": "longer than an episode of 500 steps",
+    "feedback.budget=5": "smaller than feedback.per_session=10",
+    "feedback.schedule=sometimes": "expected constant, decay or increase",
+    "reward.members=0": "expected at least 1",
+    "query.pool=0": "expected at least 1",
+    "env=metaworld": "env.task must be given",
+    "teacher._target_=nope.X": "No module named 'nope'",
+    "device=cuda9x": "expected auto, cpu, cuda or cuda:N",
+    "resume=/nowhere": "there is no run",
+    "updater.pairs=sometimes": "expected buffer or fresh",
+    "import_preferences=/nowhere.npz": "no preference data set",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_hydra_refuses_is_refused_in_one_line(override: str) -> None:
+    message = first_error([override])
+    assert message is not None
+    assert "\n" not in message
+    assert WRONG[override] in message
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_hydra_accepts_but_cannot_work_is_refused_in_one_line(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg, choices = config("updater=pebble", override)
+    with pytest.raises(ConfigError) as caught:
+        build(cfg, choices, [override])
+    assert "\n" not in str(caught.value)
+    assert REFUSED[override] in str(caught.value)
+    assert not (tmp_path / "runs").exists(), "a refused run left a folder behind"
+
+
+def test_the_command_line_refuses_with_code_2_and_one_line() -> None:
+    command = [sys.executable, "-m", "pbrl.train", "env=pointmass", "feedback.budget=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: feedback.budget=0; expected at least 1"]
+
+
+def test_numbers_in_configs_are_numbers() -> None:
+    for path in CONF.rglob("*.yaml"):
+        for key, value in OmegaConf.to_container(OmegaConf.load(path)).items():  # type: ignore[union-attr]
+            assert not (isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit()), (path, key)

@@ -1,0 +1,138 @@
+"""The reward ensemble, its losses and its training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pbrl.losses import bradley_terry_loss, calibration_error, correct, log_likelihood, preference_logits
+from pbrl.reward import RewardEnsemble, train_epochs
+from pbrl.types import Segments
+
+
+def test_bradley_terry_by_hand() -> None:
+    first, second = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    labels = torch.tensor([1.0, 0.5])
+    expected = (math.log(1 + math.exp(-2.0)) + math.log(2.0)) / 2
+    assert bradley_terry_loss(first, second, labels).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_bradley_terry_is_stable_for_huge_returns() -> None:
+    first, second = torch.full((1, 50), 100.0), torch.full((1, 50), -100.0)
+    assert bradley_terry_loss(first, second, torch.zeros(1)).item() == pytest.approx(10_000.0)
+    assert bradley_terry_loss(first, second, torch.ones(1)).item() == 0.0
+
+
+def test_the_gradient_of_the_log_likelihood_is_label_minus_probability() -> None:
+    logits = torch.tensor([-2.0, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    log_likelihood(logits, labels).sum().backward()
+    torch.testing.assert_close(logits.grad, labels - torch.sigmoid(logits.detach()))
+
+
+def test_shapes_are_checked_at_the_door() -> None:
+    with pytest.raises(ValueError, match=r"\[3, 2\] and \[3, 4\]"):
+        preference_logits(torch.zeros(3, 2), torch.zeros(3, 4))
+
+
+def test_equal_pairs_count_neither_as_right_nor_as_wrong() -> None:
+    hits, decided = correct(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([1.0, 1.0, 0.5]))
+    assert (int(hits), int(decided)) == (1, 2)
+
+
+def test_calibration_error_by_hand() -> None:
+    logits = torch.logit(torch.tensor([0.85, 0.85, 0.25, 0.25]))
+    labels = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert calibration_error(logits, labels) == pytest.approx((abs(0.85 - 0.5) * 2 + 0.25 * 2) / 4, abs=1e-6)
+    assert math.isnan(calibration_error(torch.zeros(0), torch.zeros(0)))
+
+
+def test_prediction_in_blocks_equals_the_forward_pass() -> None:
+    reward = RewardEnsemble(5, 2, members=2, hidden=(8,), seed=3)
+    rng = np.random.default_rng(0)
+    obs, actions = rng.normal(size=(5000, 5)).astype(np.float32), rng.uniform(-1, 1, (5000, 2)).astype(np.float32)
+    with torch.no_grad():
+        whole = reward(torch.from_numpy(obs), torch.from_numpy(actions)).numpy()
+    np.testing.assert_allclose(reward.predict(obs, actions), whole, rtol=0, atol=1e-6)
+
+
+def test_members_differ_and_the_seed_decides() -> None:
+    a, b, c = (RewardEnsemble(3, 1, hidden=(4,), seed=seed) for seed in (1, 1, 2))
+    same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    other = [torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True)]
+    assert all(same)
+    assert not any(other)
+    assert not torch.equal(a.members[0][0].weight, a.members[1][0].weight)
+
+
+def test_building_does_not_touch_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    RewardEnsemble(3, 1, hidden=(4,), seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("options", [{"members": 0}, {"activation": "gelu"}, {"output": "softmax"}])
+def test_impossible_options_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RewardEnsemble(3, 1, **options)
+
+
+def linear_task(pairs: int) -> tuple[Segments, Segments, torch.Tensor]:
+    """Pairs whose better segment has the larger sum of the first observation entry."""
+    rng = np.random.default_rng(1)
+    sides = [
+        Segments(
+            torch.from_numpy(rng.normal(size=(pairs, 6, 3)).astype(np.float32)),
+            torch.from_numpy(rng.uniform(-1, 1, (pairs, 6, 1)).astype(np.float32)),
+        )
+        for _ in range(2)
+    ]
+    return *sides, (sides[0].obs[..., 0].sum(1) > sides[1].obs[..., 0].sum(1)).float()  # type: ignore[return-value]
+
+
+def test_training_learns_unseen_preferences() -> None:
+    reward = RewardEnsemble(3, 1, hidden=(32,), learning_rate=3e-3)
+    first, second, labels = linear_task(300)
+
+    def loss(member: int, index: np.ndarray):
+        a, b, y = first[index], second[index], labels[index]
+        left, right = reward.member(member, a.obs, a.actions), reward.member(member, b.obs, b.actions)
+        return bradley_terry_loss(left, right, y), *correct(preference_logits(left.detach(), right.detach()), y)
+
+    rng = np.random.default_rng(0)
+    metrics = train_epochs(reward, loss, 200, batch_size=32, max_epochs=400, stop_accuracy=0.97, rng=rng)
+    assert metrics["reward/accuracy"] > 0.97
+    assert metrics["reward/epochs"] < 400, "it must stop early"
+    logits = reward.preference_logits(first[200:], second[200:]).mean(0)
+    hits, decided = correct(logits, labels[200:])
+    assert hits / decided > 0.8  # 100 unseen pairs; guessing: 0.8 has probability 6e-10
+
+
+def test_a_diverged_loss_is_reported() -> None:
+    reward = RewardEnsemble(3, 1, hidden=(4,))
+
+    def loss(member: int, index: np.ndarray):
+        value = sum(p.sum() for p in reward.members[member].parameters()) * torch.nan
+        return value, torch.tensor(0), torch.tensor(1)
+
+    with pytest.raises(FloatingPointError, match="loss became nan in epoch 1"):
+        train_epochs(reward, loss, 4, batch_size=2, max_epochs=3, stop_accuracy=1.0, rng=np.random.default_rng(0))
+
+
+def test_no_pairs_train_nothing() -> None:
+    reward = RewardEnsemble(3, 1, hidden=(4,))
+    before = [p.clone() for p in reward.parameters()]
+    metrics = train_epochs(
+        reward,
+        None,
+        0,
+        batch_size=2,
+        max_epochs=3,
+        stop_accuracy=1.0,
+        rng=np.random.default_rng(0),  # type: ignore[arg-type]
+    )
+    assert metrics["reward/epochs"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, reward.parameters(), strict=True))

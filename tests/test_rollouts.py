@@ -1,0 +1,89 @@
+"""The ring of recent steps: legal starts, the last step, interrupted episodes, wrapping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pbrl.rollouts import Rollouts
+
+
+def filled(lengths: list[int], capacity: int = 100) -> Rollouts:
+    """Episodes of these lengths; observation = [episode, step in it], task reward = step in it."""
+    rollouts = Rollouts(capacity, 2, 1, 1)
+    for e, length in enumerate(lengths):
+        for t in range(length):
+            obs, action = np.array([e, t], np.float32), np.array([0.5], np.float32)
+            rollouts.add(obs, action, action, float(t), np.array([10.0 * e + t]), done=t == length - 1)
+    return rollouts
+
+
+def test_every_legal_start_and_no_other() -> None:
+    rollouts = filled([4, 2, 5])
+    assert rollouts.starts(3).tolist() == [0, 1, 6, 7, 8]  # the last step of each episode can be shown
+    assert rollouts.starts(5).tolist() == [6]
+    assert rollouts.starts(6).tolist() == []
+    assert rollouts.starts(3, since=7).tolist() == [7, 8]
+
+
+def test_segments_never_cross_episodes_and_pairs_carry_their_own_rewards_and_states() -> None:
+    query = filled([30, 7, 40]).query(200, 5, np.random.default_rng(0))
+    for side, segments in enumerate((query.first, query.second)):
+        assert (segments.obs[:, :, 0] == segments.obs[:, :1, 0]).all()
+        assert (segments.obs[:, 1:, 1] == segments.obs[:, :-1, 1] + 1).all()
+        torch.testing.assert_close(query.task_rewards[:, side], segments.obs[:, :, 1])
+        assert query.states is not None
+        torch.testing.assert_close(
+            query.states[:, side, 0], (10 * segments.obs[:, 0, 0] + segments.obs[:, 0, 1]).double()
+        )
+    starts = set(query.first.obs[:, 0, 1].int().tolist()) | set(query.second.obs[:, 0, 1].int().tolist())
+    assert 35 in starts, "the last legal start of the longest episode must be drawn sometime"
+
+
+def test_the_margin_surrounds_the_segment() -> None:
+    query = filled([20]).query(50, 4, np.random.default_rng(0), margin=3)
+    assert query.context is not None
+    for segments, wide in ((query.first, query.context[0]), (query.second, query.context[1])):
+        assert wide.horizon == 10
+        assert torch.equal(wide.obs[:, 3:7], segments.obs)
+
+
+def test_what_the_ring_has_overwritten_is_not_drawn() -> None:
+    rollouts = filled([60, 60, 60], capacity=100)
+    assert rollouts.starts(10)[0] == 80
+    query = rollouts.query(500, 10, np.random.default_rng(0))
+    oldest = 60 * query.first.obs[:, 0, 0] + query.first.obs[:, 0, 1]
+    assert oldest.min() >= 80
+
+
+def test_too_short_a_history_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="no stored episode has 10 steps"):
+        filled([5, 5]).query(1, 10, np.random.default_rng(0))
+
+
+def test_recent_episodes_include_the_running_one() -> None:
+    rollouts = filled([10, 10, 10])
+    assert rollouts.since_episodes(1) == 30  # a new episode is about to begin
+    assert rollouts.since_episodes(2) == 20
+    assert rollouts.since_episodes(99) == 0
+
+
+def test_mean_task_reward_is_per_step_and_without_a_spurious_zero() -> None:
+    rollouts = Rollouts(10, 2, 1)
+    assert np.isnan(rollouts.mean_task_reward)
+    assert filled([4, 2]).mean_task_reward == pytest.approx((0 + 1 + 2 + 3 + 0 + 1) / 6)
+
+
+def test_a_branch_neither_counts_as_an_episode_nor_joins_one() -> None:
+    rollouts = filled([3])
+    obs, action = np.zeros(2, np.float32), np.zeros(1, np.float32)
+    for counted in (True, True, False, False, True):
+        rollouts.add(obs, action, action, 1.0, np.zeros(1), done=False, counted=counted)
+        if rollouts.total in (5, 7):
+            rollouts.interrupt()
+    assert len(rollouts.finished) == 1
+    assert rollouts.running_length == 3
+    assert rollouts.starts(2, since=3).tolist() == [3, 5]
+    parts = rollouts.episodes_between(3, rollouts.total)
+    assert [part.horizon for part in parts] == [2, 2, 1]
