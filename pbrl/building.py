@@ -138,6 +138,7 @@ class _Builder:
                 f"checkpoint_every={cfg.checkpoint_every} is more than the {min(capacity, agent.buffer_size)} steps "
                 "kept (feedback.memory_steps, agent.buffer_size); lower it"
             )
+        preferences, oracle, callback = self._preferences(), self._oracle(), self._callback()
         _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
         parts = Parts(
             agent=agent,
