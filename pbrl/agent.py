@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pbrl.exploration import Disagreement
+from pbrl.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.replay import Batch, RelabelReplay, RewardFunction
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
@@ -39,6 +40,7 @@ from pbrl.types import Params
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
 DIVERGED = 1e8  # |Q|: no task here pays more than 1e5 an episode
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
 
 
@@ -104,8 +106,12 @@ class PreferenceSAC(SAC):
 
     replay_buffer: RelabelReplay
 
-    def __init__(self, policy: Any, env: Any, temperature_lr: float | None = None, **kwargs: Any) -> None:
-        self.temperature_lr = temperature_lr
+    def __init__(
+        self, policy: Any, env: Any, temperature_lr: float | None = None, precision: str = "fp32", **kwargs: Any
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"agent.precision={precision}; expected one of {', '.join(PRECISIONS)}")
+        self.temperature_lr, self.precision = temperature_lr, precision
         self.reward_fn: RewardFunction | None = None
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
@@ -122,12 +128,20 @@ class PreferenceSAC(SAC):
         self.noise = torch.Generator(self.device).manual_seed(int(seeds[1].generate_state(1, np.uint64)[0] >> 1))
         if self.ent_coef_optimizer is not None:
             rate = self.temperature_lr or self.lr_schedule(1)
-            self.ent_coef_optimizer = torch.optim.Adam([self.log_ent_coef], lr=rate)  # type: ignore[list-item]
+            temperature: Any = self.log_ent_coef
+            self.ent_coef_optimizer = torch.optim.Adam([temperature], lr=rate, fused=True)
+            self._temperature_adam = FusedAdam(self.ent_coef_optimizer, [temperature])
+        self._critic_params: list[Tensor] = list(self.critic.parameters())
+        self._target_params: list[Tensor] = list(self.critic_target.parameters())
+        self._fast = FastUpdate(self, PRECISIONS[self.precision]) if supports(self) else None
+        if self._fast is None and self.precision != "fp32":
+            raise ValueError(f"agent.precision={self.precision} needs plain ReLU networks; use fp32 for these")
         self._sums = torch.zeros(len(METRICS), device=self.device)
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
         own = ["reward_fn", "batch_reward", "rollouts", "disagreement", "replay_rng", "noise", "_sums", "_pending"]
+        own += ["_fast", "_temperature_adam", "_critic_params", "_target_params"]
         return super()._excluded_save_params() + own
 
     # ------------------------------------------------------------------------------------------------ collecting
@@ -285,6 +299,14 @@ class PreferenceSAC(SAC):
 
     def update(self, batch: Batch) -> None:
         """One SAC update (Haarnoja et al., 2018) of temperature, critics, actor and target critics, in this order."""
+        self._sums += (self._fast or self.autograd_update)(batch)
+        self._summed += 1
+        if self._n_updates % self.target_update_interval == 0:
+            self._move_targets()
+        self._n_updates += 1
+
+    def autograd_update(self, batch: Batch) -> Tensor:
+        """`update` without the targets, in its readable form, for any networks; returns the values of METRICS, [5]."""
         actions, log_prob = self.squashed_sample(batch.obs)
         alpha = self._update_temperature(log_prob)
         with torch.no_grad():
@@ -304,26 +326,20 @@ class PreferenceSAC(SAC):
         actor_loss.backward()
         self.actor.optimizer.step()
         self.critic.requires_grad_(True)
-
-        if self._n_updates % self.target_update_interval == 0:
-            self._move_targets()
-        self._n_updates += 1
         with torch.no_grad():
-            self._sums += torch.stack([critic_loss, actor_loss, alpha.squeeze(), -log_prob.mean(), q.mean()])
-        self._summed += 1
+            return torch.stack([critic_loss, actor_loss, alpha.squeeze(), -log_prob.mean(), q.mean()])
 
     def _update_temperature(self, log_prob: Tensor) -> Tensor:
         """The temperature before this update, float32 []; then one step on it."""
         if self.ent_coef_optimizer is None or self.log_ent_coef is None:
             return self.ent_coef_tensor
         alpha = self.log_ent_coef.detach().exp().squeeze()
-        self.log_ent_coef.grad = -(log_prob.detach().mean() + self.target_entropy).reshape(1)
-        self.ent_coef_optimizer.step()
+        self._temperature_adam.step([-(log_prob.detach().mean() + self.target_entropy).reshape(1)])
         return alpha
 
     @torch.no_grad()
     def _move_targets(self) -> None:
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+        torch._foreach_lerp_(self._target_params, self._critic_params, self.tau)
 
     def reset_critic(self, seed: int) -> None:
         """New critics, targets and critic optimiser; actor and temperature are kept (B-Pref, after pretraining)."""
@@ -514,6 +530,7 @@ def make_agent(
     hybrid_steps: int = 10_000,
     disagreement_bonus: float = 0.0,
     disagreement_decay: float = 1e-5,
+    precision: str = "fp32",
 ) -> PreferenceSAC:
     """A `PreferenceSAC` on one environment.
 
@@ -528,6 +545,7 @@ def make_agent(
         log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
         disagreement_bonus, disagreement_decay: see `Disagreement`.
+        precision: of the update's hidden layers: fp32, or bf16 (faster where the processor multiplies it).
 
     Raises:
         ValueError: for a number out of range.
@@ -551,6 +569,7 @@ def make_agent(
         PreferencePolicy,
         DummyVecEnv([lambda: env]),
         temperature_lr=temperature_lr,
+        precision=precision,
         learning_rate=learning_rate,
         ent_coef=f"auto_{initial_temperature}",
         batch_size=batch_size,
