@@ -206,7 +206,7 @@ def test_centring_the_traces_leaves_the_expectation_and_takes_off_variance(tiny)
     slope = bilevel.gradient(mdp.value(free, exact_theta), exact_theta, keep_graph=True)
     exact = bilevel.gradient(bilevel.dot(slope, x), free)["r"]
     found = {True: [], False: []}
-    for _ in range(300):
+    for _ in range(150):
         index = mdp.draw(theta, 8, generator)
         for center, terms in found.items():
             term = bilevel.mixed_term(

@@ -64,6 +64,10 @@ class EnumeratedMDP:
         p, every = self.probabilities(theta), torch.arange(len(self.states))
         return p @ self.log_likelihood(phi, every[:, None], every[None, :]) @ p
 
+    def exact(self, phi: Params, theta: Params) -> tuple[Objective, Objective]:
+        """A sampler that returns the exact objectives, wherever it is asked."""
+        return self.preference, self.value
+
     def soft_optimal(self, phi: Params) -> Params:
         """theta*(phi) = argmax V(phi, ·) by backward induction; differentiable in phi. logits: float64 [H, S, A]."""
         q, found = phi["r"], []
