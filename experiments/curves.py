@@ -1,0 +1,84 @@
+"""Keep the curves of finished runs in git: `python -m experiments.curves RUNS… --out experiments/results/NAME.csv`.
+
+One row per evaluation: run, method, env, teacher, seed, env_step, return, success, labels, and the commit and command
+of the run. With `--oracle` the mean over the runs goes to experiments/results/oracle/<env>.csv, from where every run
+reads its `eval/oracle_return`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+COLUMNS = ("run", "env", "updater", "query", "teacher", "seed", "env_step", "return", "success", "labels")
+ORACLE = Path("experiments/results/oracle")
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """One row per evaluation of the run, with the labels given until then."""
+    config = OmegaConf.load(run / "config.yaml")
+    origin = {
+        "run": run.name,
+        **{key: config.choices[key] for key in ("env", "updater", "query", "teacher")},
+        "seed": config.seed,
+        "commit": json.loads((run / "versions.json").read_text())["commit"],
+        "command": "python -m pbrl.train " + " ".join((run / "command.txt").read_text().split()[1:]),
+    }
+    labels, rows = 0, []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        labels = row.get("feedback/labels", labels)
+        if "eval/return" in row:
+            measured = {"return": round(row["eval/return"], 3), "success": row.get("eval/success"), "labels": labels}
+            rows.append({**origin, "env_step": row["env_step"], **measured})
+    return rows
+
+
+def write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def oracle(rows: list[dict[str, Any]]) -> None:
+    """Mean over runs at each step that all runs of an environment have reached."""
+    by_env: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_env[row["env"]][row["env_step"]].append(row)
+    for env, steps in by_env.items():
+        count = max(len(found) for found in steps.values())
+        means = []
+        for step, found in sorted(steps.items()):
+            if len(found) == count:
+                success = [row["success"] for row in found]
+                mean = None if None in success else float(np.mean(success))
+                means.append({"env_step": step, "return": float(np.mean([r["return"] for r in found])), "success": mean})
+        write(ORACLE / f"{env}.csv", ("env_step", "return", "success"), means)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.curves", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV of all evaluations")
+    parser.add_argument("--oracle", action="store_true", help="also write the mean as the oracle's curve")
+    options = parser.parse_args()
+    rows = [row for run in options.runs for row in curve(run)]
+    if options.out:
+        write(options.out, (*COLUMNS, "commit", "command"), rows)
+    if options.oracle:
+        oracle(rows)
+
+
+if __name__ == "__main__":
+    main()
