@@ -10,13 +10,13 @@ and the Gaussian's parameters) and everything between are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 if TYPE_CHECKING:
     from pbrl.agent import PreferenceSAC
@@ -30,7 +30,7 @@ masked = torch.ops.aten.threshold_backward.grad_input  # gradient where the acti
 class FusedAdam:
     """`optimizer.step()` on given gradients without its Python. All state stays the optimizer's own."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
         self._first: Any = None
 
@@ -85,65 +85,59 @@ class Perceptron:
     """
 
     def __init__(self, hidden: list[nn.Linear], heads: list[nn.Linear], dtype: torch.dtype) -> None:
-        self.hidden, self.heads, self.dtype = hidden, heads, dtype
-        self.params = [param for layer in (*hidden, *heads) for param in (layer.weight, layer.bias)]
-        last = [(sum(head.out_features for head in heads), heads[0].in_features)]
-        shapes = [tuple(layer.weight.shape) for layer in hidden] + last
+        self.params: list[Tensor] = [param for layer in (*hidden, *heads) for param in (layer.weight, layer.bias)]
+        self.hidden = list(zip(self.params[: 2 * len(hidden) : 2], self.params[1 : 2 * len(hidden) : 2], strict=True))
+        self.heads = [(head.weight, head.bias) for head in heads]
+        self.dtype, self.cast = dtype, dtype != heads[0].weight.dtype
+        self.inputs: list[Tensor] = []  # of each layer, in the last `forward`
+        self.weights: list[Tensor] = []  # of each layer, as multiplied
+        outputs = [head.out_features for head in heads]
+        shapes = [weight.shape for weight, _ in self.hidden] + [torch.Size((sum(outputs), heads[0].in_features))]
         like = heads[0].weight.detach()
         self._weight_grads = [like.new_empty(shape) for shape in shapes]
         self._bias_grads = [like.new_empty(shape[0]) for shape in shapes]
-        self.grads = list(self._grads())
+        split = [grads[:-1] + list(grads[-1].split(outputs)) for grads in (self._weight_grads, self._bias_grads)]
+        self.grads = [grad for pair in zip(*split, strict=True) for grad in pair]  # in the order of `params`
 
-    def _grads(self) -> Iterator[Tensor]:
-        for weight, bias in zip(self._weight_grads[:-1], self._bias_grads[:-1], strict=True):
-            yield from (weight, bias)
-        sizes = [head.out_features for head in self.heads]
-        for pair in zip(self._weight_grads[-1].split(sizes), self._bias_grads[-1].split(sizes), strict=True):
-            yield from pair
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The last layer's values: [B, heads]."""
-        self.inputs: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        for layer in self.hidden:
-            weight, bias = layer.weight, layer.bias
-            if self.dtype != inputs.dtype:
-                inputs = inputs.to(self.dtype)
-            if self.dtype != weight.dtype:
-                weight, bias = weight.to(self.dtype), bias.to(self.dtype)
+    def forward(self, inputs: Tensor, keep: bool = True) -> Tensor:
+        """The last layer's values: [B, heads]. keep: for a derivative afterwards."""
+        self.inputs, self.weights = [], []
+        for weight, bias in self.hidden:
+            if self.cast:
+                inputs, weight, bias = inputs.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
+            if keep:
+                self.inputs.append(inputs)
+                self.weights.append(weight)
+            inputs = linear(inputs, weight, bias).relu_()
+        weight, bias = self.heads[0]
+        if len(self.heads) > 1:
+            weight, bias = (torch.cat(both) for both in zip(*self.heads, strict=True))
+        if self.cast:
+            inputs = inputs.to(weight.dtype)
+        if keep:
             self.inputs.append(inputs)
             self.weights.append(weight)
-            inputs = torch.addmm(bias, inputs, weight.t()).relu_()
-        weight, bias = self.heads[0].weight, self.heads[0].bias
-        if len(self.heads) > 1:
-            weight, bias = torch.cat([h.weight for h in self.heads]), torch.cat([h.bias for h in self.heads])
-        inputs = inputs.to(weight.dtype)
-        self.inputs.append(inputs)
-        self.weights.append(weight)
-        return torch.addmm(bias, inputs, weight.t())
+        return linear(inputs, weight, bias)
 
     def backward(self, grad: Tensor) -> None:
         """Write the parameters' gradients, given the loss's gradient [n, heads] of the first n rows."""
         rows = len(grad)
         for i in range(len(self.weights) - 1, -1, -1):
-            inputs = self.inputs[i][:rows]
-            self._write(i, grad, inputs)
+            inputs = self.inputs[i] if len(self.inputs[i]) == rows else self.inputs[i][:rows]
+            if grad.dtype == self._weight_grads[i].dtype:
+                torch.mm(grad.t(), inputs, out=self._weight_grads[i])
+            else:
+                self._weight_grads[i].copy_(grad.t() @ inputs)
+            torch.sum(grad, 0, dtype=self._bias_grads[i].dtype, out=self._bias_grads[i])
             if i:
                 grad = self._through(i, grad, inputs)
 
-    def _write(self, i: int, grad: Tensor, inputs: Tensor) -> None:
-        if grad.dtype == self._weight_grads[i].dtype:
-            torch.mm(grad.t(), inputs, out=self._weight_grads[i])
-            torch.sum(grad, 0, out=self._bias_grads[i])
-        else:
-            self._weight_grads[i].copy_(grad.t() @ inputs)
-            torch.sum(grad, 0, dtype=self._bias_grads[i].dtype, out=self._bias_grads[i])
-
     def _through(self, i: int, grad: Tensor, inputs: Tensor) -> Tensor:
-        """The gradient before layer i's inputs' ReLU."""
+        """The loss's gradient before the ReLU that gave layer i its inputs, given the one after layer i."""
         weight = self.weights[i]
         grad = grad * weight if len(weight) == 1 else grad @ weight
-        return masked(grad, inputs, 0, grad_input=grad).to(self.weights[i - 1].dtype)
+        masked(grad, inputs, 0, grad_input=grad)
+        return grad.to(self.dtype) if self.cast else grad
 
     def input_gradient(self, grad: Tensor, rows: Tensor | slice, first: int) -> Tensor:
         """The gradient of the inputs from column `first` on, in some rows: [n, ·] for the loss's gradient [n, 1]."""
@@ -162,7 +156,7 @@ class FastUpdate:
 
     def __init__(self, agent: PreferenceSAC, dtype: torch.dtype) -> None:
         self.agent = agent
-        actor = agent.actor
+        actor: Any = agent.actor
         self.log_std_range = getattr(actor, "log_std_range", None)
         self.actor = Perceptron(_linear(actor.latent_pi), [actor.mu, actor.log_std], dtype)
         self.critics, self.targets = (
@@ -182,7 +176,7 @@ class FastUpdate:
         log_prob, next_log_prob = log_probs[:size], log_probs[size:]
         alpha = agent._update_temperature(log_prob)
 
-        next_q = _values(self.targets, torch.cat([batch.next_obs, both[size:]], dim=1)).amin(dim=1)
+        next_q = _values(self.targets, torch.cat([batch.next_obs, both[size:]], dim=1), keep=False).amin(dim=1)
         target = torch.addcmul(batch.rewards, batch.not_done, next_q - alpha * next_log_prob, value=agent.gamma)
         errors = _values(self.critics, torch.cat([batch.obs, batch.actions], dim=1)) - target.unsqueeze(1)
         critic_loss = errors.square().sum() / (2 * size)
@@ -266,5 +260,5 @@ def _linear(net: nn.Module) -> list[nn.Linear]:
     return [layer for layer in net.children() if isinstance(layer, nn.Linear)]
 
 
-def _values(critics: list[Perceptron], inputs: Tensor) -> Tensor:
-    return torch.cat([critic.forward(inputs) for critic in critics], dim=1)
+def _values(critics: list[Perceptron], inputs: Tensor, keep: bool = True) -> Tensor:
+    return torch.cat([critic.forward(inputs, keep) for critic in critics], dim=1)
