@@ -70,7 +70,7 @@ class AgentSession:
         """Indices of the first steps of new branches: int64 [starts, branches]."""
         if self.rollouts.states.shape[1] == 0:
             raise ValueError("branching needs an environment that can store its simulator state (state_size > 0)")
-        legal = self.rollouts.starts(horizon, since=self.fresh_from)
+        legal = self.rollouts.starts(horizon, since=self.fresh_from if self.fresh_to > self.fresh_from else 0)
         if len(legal) == 0:
             raise ValueError(f"no stored episode has {horizon} steps to branch within; shorten segment_length")
         found = np.empty((starts, branches), np.int64)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pbrl.bilevel.params import combine, gradient, leaves, linearize
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble, train_on_answers
 from pbrl.types import Params, Session
@@ -25,10 +26,8 @@ def critic_step(values: Values, critic: Params, target: Tensor, step_size: float
     Args:
         target: y_b = r_b + gamma V(s'_b), [B].
     """
-    names, params = list(critic), [value.detach().requires_grad_() for value in critic.values()]
-    loss = (values(dict(zip(names, params, strict=True))) - target).square().mean(dim=1).sum()
-    moves = torch.autograd.grad(loss, params)
-    return {name: (p - step_size * g).detach() for name, p, g in zip(names, params, moves, strict=True)}
+    theta = leaves(critic)
+    return combine(critic, gradient((values(theta) - target).square().mean(dim=1).sum(), theta), -step_size)
 
 
 def reward_weights(values: Values, critic: Params, direction: Params, step_size: float) -> Tensor:
@@ -36,7 +35,7 @@ def reward_weights(values: Values, critic: Params, direction: Params, step_size:
 
         dU/dr_b = (2 step_size / B) Σ_i ⟨∇_theta Q_i(s_b, a_b; theta), g⟩,   g = dU/dtheta'
 
-    because dL/dtheta is linear in the rewards: one forward-mode derivative, no Hessian.
+    because dL/dtheta is linear in the rewards: one Jacobian-vector product, no Hessian.
 
     Args:
         values: the batch's values by the critics. critic: theta. direction: g, by name.
@@ -44,24 +43,15 @@ def reward_weights(values: Values, critic: Params, direction: Params, step_size:
     Returns:
         [B].
     """
-    change = torch.func.jvp(values, (critic,), (direction,))[1]
+    _, forward, _ = linearize(values, critic)
+    (change,) = forward(direction)
     return 2 * step_size / change.shape[1] * change.sum(dim=0)
 
 
-def outer_gradient(logits: Values, critic: Params, labels: Tensor, weight: float) -> tuple[Tensor, Params]:
-    """The outer loss U = weight · Σ_i CE(Q_i(first) − Q_i(second), label) at theta', and its gradient.
-
-    Args:
-        logits: theta' to the log-odds of each answer by each critic, [2, N].
-        labels: [N]; 1 means the first is preferred.
-
-    Returns:
-        U, []; dU/dtheta' by name.
-    """
-    names, params = list(critic), [value.detach().requires_grad_() for value in critic.values()]
-    predicted = logits(dict(zip(names, params, strict=True)))
-    loss = weight * F.binary_cross_entropy_with_logits(predicted, labels.expand_as(predicted)) * len(predicted)
-    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+def outer_loss(predicted: Tensor, labels: Tensor) -> Tensor:
+    """U = Σ_i CE(Q_i(first) − Q_i(second), label): [] in nats, for log-odds [2, N] and labels [N] (1: the first)."""
+    losses = F.binary_cross_entropy_with_logits(predicted, labels.expand_as(predicted), reduction="none")
+    return losses.mean(dim=1).sum()
 
 
 class Mrn:
@@ -129,14 +119,12 @@ class Mrn:
         def values(theta: Params) -> Tensor:
             return policy.q_values(theta, obs, actions)
 
-        def logits(theta: Params) -> Tensor:
-            return policy.q_values(theta, *starts[0]) - policy.q_values(theta, *starts[1])
-
-        moved = critic_step(values, critic, target, self.critic_learning_rate)
         labels = preferences.prefers_first[latest].to(obs.device)
-        loss, direction = outer_gradient(logits, moved, labels, self.outer_weight)
-        weights = reward_weights(values, critic, direction, self.critic_learning_rate)
+        moved = leaves(critic_step(values, critic, target, self.critic_learning_rate))
+        predicted = policy.q_values(moved, *starts[0]) - policy.q_values(moved, *starts[1])
+        loss = self.outer_weight * outer_loss(predicted, labels)
+        weights = reward_weights(values, critic, gradient(loss, moved), self.critic_learning_rate)
         reward.optimizer.zero_grad(set_to_none=True)
         (weights * reward.mean(obs, actions)).sum().backward()
         reward.optimizer.step()
-        return {"mrn/outer_loss": float(loss)}
+        return {"mrn/outer_loss": float(loss.detach())}

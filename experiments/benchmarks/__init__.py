@@ -1,0 +1,1 @@
+"""Timings of single parts; see each module for its command."""
