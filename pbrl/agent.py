@@ -376,6 +376,7 @@ class PreferenceSAC(SAC):
     def state(self) -> dict[str, Any]:
         """Everything but the replay: tensors and plain values, for `torch.save`."""
         env = self.training_env
+        begun = self._last_obs is not None
         state = {
             "policy": self.policy.state_dict(),
             "actor_optimizer": self.actor.optimizer.state_dict(),
@@ -383,8 +384,8 @@ class PreferenceSAC(SAC):
             "noise": self.noise.get_state(),
             "replay_rng": self.replay_rng.bit_generator.state,
             "env_rng": env.np_random.bit_generator.state,
-            "env_state": torch.from_numpy(env.get_state().copy()) if self._has_states else None,
-            "last_obs": torch.from_numpy(np.array(self._last_obs)) if self._last_obs is not None else None,
+            "env_state": torch.from_numpy(env.get_state().copy()) if begun and self._has_states else None,
+            "last_obs": torch.from_numpy(np.array(self._last_obs)) if begun else None,
             "num_timesteps": self.num_timesteps,
             "n_updates": self._n_updates,
             "episode_num": self._episode_num,

@@ -95,10 +95,6 @@ def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query:
         ),
         (not asks and cfg.import_preferences is not None, "import_preferences: this updater learns from no answers"),
         (branching and not has_states, "query.branch_share needs an environment whose simulator state can be restored"),
-        (
-            updater.pairs == "fresh" and getattr(query, "recent_episodes", None) is not None,
-            "query.recent_episodes has no effect with updater.pairs=fresh, which asks about this session's rollouts",
-        ),
     ):
         if refused:
             raise ConfigError(reason)
@@ -114,7 +110,7 @@ class _Builder:
 
     def make(self, group: str, **passed: Any) -> Any:
         node = self.cfg[group]
-        return _refuse(lambda: instantiate(node, _convert_="all", **passed))
+        return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed))
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
         check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.loop.{kind.__name__}"}, self.cfg[name]))  # type: ignore[attr-defined]
@@ -197,7 +193,7 @@ class _Builder:
         remote: list[Sink] = []
         if self.cfg.logger.get("_target_") is not None:
             config = OmegaConf.to_container(self.cfg, resolve=True)
-            remote.append(self.make("logger", run_dir=self.run_dir, config=config, choices=self.choices))
+            remote.append(self.make("logger", run_dir=self.run_dir, run_config=config, choices=self.choices))
         return Loggers(_refuse(lambda: JsonLines(self.run_dir / "metrics.jsonl")), remote)
 
     def _oracle(self) -> OracleCurve | None:

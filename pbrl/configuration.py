@@ -27,7 +27,7 @@ CONF = Path(__file__).parent / "conf"
 PASSED = {
     "agent": {"env", "seed", "device"},
     "reward": {"obs_dim", "act_dim", "seed"},
-    "logger": {"run_dir", "config", "choices"},
+    "logger": {"run_dir", "run_config", "choices"},
 }
 TYPES = {
     "total_steps": int,

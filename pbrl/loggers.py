@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class WandB:
     in a new offline folder of the same id (W&B cannot append to one); metrics.jsonl stays whole.
 
     Args:
-        run_dir: W&B's files go to RUN/wandb. config: the run's config, plain. choices: env, updater, teacher, … names.
+        run_dir: W&B's files go to RUN/wandb. run_config: the run's config, plain. choices: env, updater, teacher, … names.
         project, entity: as in W&B. mode: auto, online, offline or disabled (WANDB_MODE wins over auto).
         tags: beside env, updater, teacher and seed. artifacts: upload the last checkpoint at the end.
         init_timeout: seconds to wait for the server before going offline.
@@ -99,7 +100,7 @@ class WandB:
     def __init__(
         self,
         run_dir: Path,
-        config: dict[str, Any],
+        run_config: dict[str, Any],
         choices: dict[str, str],
         project: str = "pbrl",
         entity: str | None = None,
@@ -115,7 +116,7 @@ class WandB:
         self._wandb, self._run_dir, self._artifacts = wandb, run_dir, artifacts
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         names = [choices.get(key, "custom") for key in ("env", "updater", "teacher")]
         options: dict[str, Any] = {
             "project": project,
@@ -125,9 +126,9 @@ class WandB:
             "resume": "allow",
             "group": "/".join(names),
             "job_type": "train",
-            "name": f"{names[0]}-{names[1]}-s{config.get('seed')}",
-            "tags": [tag[:64] for tag in [*names, f"seed:{config.get('seed')}", *(tags or [])]],
-            "config": {**config, "choices": dict(choices)},  # as in config.yaml: pbrl.compare reads both
+            "name": f"{names[0]}-{names[1]}-s{run_config.get('seed')}",
+            "tags": [tag[:64] for tag in [*names, f"seed:{run_config.get('seed')}", *(tags or [])]],
+            "config": {**run_config, "choices": dict(choices)},  # as in config.yaml: pbrl.compare reads both
         }
         mode = self._mode(mode)
         try:

@@ -293,7 +293,8 @@ class Loop:
             self.agent.replay_buffer.relabel(self._pay)
         self._after_update()
         metrics |= self._feedback_metrics()
-        self.due.feedback = self.step + self.feedback.every if self._left() else NEVER
+        following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
+        self.due.feedback = following if self._left() else NEVER
         self.due.between = self._next_between()
         self._log(metrics)
 
@@ -326,7 +327,7 @@ class Loop:
         branched = round(getattr(parts.query, "branch_share", 0.0) * count)
         questions = []
         if count > branched:
-            since = session.fresh_from if parts.updater.pairs == "fresh" else self._recent(parts.query)
+            since = max(self._recent(parts.query), session.fresh_from if parts.updater.pairs == "fresh" else 0)
             candidates = parts.rollouts.query((count - branched) * rule.pool, horizon, self.query_rng, since, margin)
             choose: Choose = rule  # type: ignore[assignment]
             chosen = choose(candidates, count - branched, parts.reward, parts.preferences, self.query_rng)

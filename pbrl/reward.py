@@ -16,13 +16,22 @@ if TYPE_CHECKING:
     from pbrl.preferences import Preferences
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "leaky_relu": lambda: nn.LeakyReLU(0.01),
-    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.01, inplace=True),  # in place: its input is a linear layer's own output
+    "relu": lambda: nn.ReLU(inplace=True),
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
 OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 BLOCK = 2048  # rows of one forward pass without gradients: activations stay in the second-level cache
+
+
+class Layers(nn.Sequential):
+    """A sequence that calls its layers' `forward` and none of their hooks: a single row costs half as much."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for layer in self:
+            inputs = layer.forward(inputs)
+        return inputs
 
 
 class RewardEnsemble(nn.Module):
@@ -69,16 +78,16 @@ class RewardEnsemble(nn.Module):
     @staticmethod
     def _build(
         size: int, hidden: Sequence[int], activation: Callable[[], nn.Module], output: Callable[[], nn.Module]
-    ) -> nn.Sequential:
+    ) -> Layers:
         layers: list[nn.Module] = []
         for width in hidden:
             layers += [nn.Linear(size, width), activation()]
             size = width
-        return nn.Sequential(*layers, nn.Linear(size, 1), output())
+        return Layers(*layers, nn.Linear(size, 1), output())
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.members[0][-2].weight.device
 
     def member(self, index: int, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by one member: float32 [...] for obs [..., obs_dim] and actions [..., act_dim]."""
@@ -86,7 +95,8 @@ class RewardEnsemble(nn.Module):
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by every member: float32 [M, ...]."""
-        return torch.stack([self.member(m, obs, actions) for m in range(len(self.members))])
+        inputs = torch.cat([obs, actions], dim=-1)
+        return torch.cat([member(inputs) for member in self.members], dim=-1).movedim(-1, 0)
 
     def mean(self, obs: Tensor, actions: Tensor) -> Tensor:
         """The ensemble's reward, float32 [...]: what the agent is paid."""
@@ -95,21 +105,21 @@ class RewardEnsemble(nn.Module):
     @torch.no_grad()
     def predict(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """Every member's reward for many rows, in cache-sized blocks: float32 [M, N] for obs [N, ·], actions [N, ·]."""
-        rewards = np.empty((len(self.members), len(obs)), np.float32)
-        for start in range(0, len(obs), BLOCK):
-            rows = slice(start, start + BLOCK)
-            block = self(torch.from_numpy(obs[rows]).to(self.device), torch.from_numpy(actions[rows]).to(self.device))
-            rewards[:, rows] = block.cpu().numpy()
-        return rewards
+        device = self.device
+        blocks = [
+            self(torch.from_numpy(some).to(device), torch.from_numpy(acts).to(device)).cpu()
+            for some, acts in ((obs[i : i + BLOCK], actions[i : i + BLOCK]) for i in range(0, len(obs), BLOCK))
+        ]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).numpy()
 
     @torch.no_grad()
     def returns(self, segments: Segments) -> Tensor:
         """Undiscounted learned return of each segment by each member: float32 [M, B]."""
         size, horizon, _ = segments.obs.shape
         rewards = self.predict(
-            segments.obs.reshape(size * horizon, -1).numpy(), segments.actions.reshape(size * horizon, -1).numpy()
+            segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy()
         )
-        return torch.from_numpy(rewards).reshape(-1, size, horizon).sum(dim=2)
+        return torch.from_numpy(rewards).unflatten(1, (size, horizon)).sum(dim=2)
 
     def preference_logits(self, first: Segments, second: Segments) -> Tensor:
         """Each member's log-odds that first is preferred, float32 [M, B], without gradients."""

@@ -1,0 +1,49 @@
+"""`python -m pbrl.evaluate`: numbers, video, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+
+from pbrl.evaluate import load_run, main
+from pbrl.evaluation import act, evaluate
+
+
+def test_the_loaded_agent_acts_as_the_run_did(tiny_run: Path) -> None:
+    import json
+
+    agent, env = load_run(tiny_run)
+    last = json.loads((tiny_run / "summary.json").read_text())
+    metrics = evaluate(agent, env, 2, seed=1_000_000)
+    assert metrics["eval/return"] == last["eval/return"]
+
+
+def test_it_prints_numbers_and_writes_a_video(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_run), "--episodes", "3", "--video", str(tmp_path / "v.mp4")]) == 0
+    shown = capsys.readouterr().out
+    assert "true return" in shown
+    assert "success" in shown
+    with imageio.get_reader(tmp_path / "v.mp4") as video:
+        assert video.count_frames() == 50
+        assert np.ptp(video.get_data(0)) > 0
+
+
+def test_a_folder_that_is_no_run_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is not a run (no config.yaml in it)\n"
+
+
+def test_fresh_seeds_give_other_episodes(tiny_run: Path) -> None:
+    agent, env = load_run(tiny_run)
+    first, second = (evaluate(agent, env, 2, seed)["eval/return"] for seed in (1_000_000, 2_000_000))
+    assert first != second
+
+
+def test_actions_are_in_range(tiny_run: Path) -> None:
+    agent, _ = load_run(tiny_run)
+    assert (np.abs(act(agent, np.full(2, 1e3, np.float32))) <= 1).all()

@@ -1,0 +1,70 @@
+"""Local rows, W&B offline and unreachable, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pbrl.loggers import JsonLines, Loggers, plain
+from tests.conftest import finish, tiny_loop
+
+
+def test_rows_are_json_and_flushed_at_once(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.log({"env_step": 1, "a": float("nan"), "b": 2.5})
+    shown = (tmp_path / "metrics.jsonl").read_text()  # before it is closed
+    log.close({})
+    assert json.loads(shown) == {"env_step": 1, "a": None, "b": 2.5}
+
+
+def test_plain_values() -> None:
+    import numpy as np
+    import torch
+
+    assert [plain(v) for v in (np.float32(1.5), torch.tensor(2), float("inf"), "x")] == [1.5, 2, None, "x"]
+
+
+def test_a_remote_sink_that_fails_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def log(self, row):
+            raise ConnectionError("no route")
+
+    loggers = Loggers(JsonLines(tmp_path / "m.jsonl"), [Broken()])  # type: ignore[list-item]
+    loggers.log({"env_step": 1})
+    loggers.log({"env_step": 2})
+    loggers.close({})
+    assert capsys.readouterr().out.count("logging to Broken stopped (no route)") == 1
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    finish(tiny_loop(run_dir, "logger=wandb"))
+    assert "W&B is offline" in capsys.readouterr().out
+    [folder] = (run_dir / "wandb").glob("offline-run-*")
+    [record] = folder.glob("*.wandb")
+    shown = subprocess.run(
+        ["wandb", "leet", "inspect", "--summary", "--json", str(record)], capture_output=True, text=True, check=True
+    )
+    assert "eval/return" in shown.stdout
+    assert "env_step" in shown.stdout
+
+
+@pytest.mark.slow
+def test_wandb_with_an_unreachable_server_goes_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    summary = finish(tiny_loop(tmp_path / "run", "logger=wandb", "logger.init_timeout=5"))
+    assert summary["complete"]
+
+
+def test_wandb_refuses_an_unknown_mode(tmp_path: Path) -> None:
+    from pbrl.configuration import ConfigError
+
+    with pytest.raises(ConfigError, match=r"logger\.mode=of"):
+        tiny_loop(tmp_path / "run", "logger=wandb", "logger.mode=of")

@@ -1,0 +1,195 @@
+"""The loop: phases, schedules, determinism, what the teacher may do wrong, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+
+from pbrl.asking import TeacherError
+from pbrl.evaluation import OracleCurve
+from pbrl.loop import Feedback
+from pbrl.types import Answer, Query
+from tests.conftest import finish, rows, tiny_loop
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(123)  # nothing may depend on the global generators
+    np.random.seed(123)  # noqa: NPY002
+    finish(tiny_loop(tmp_path / "again"))
+    finish(tiny_loop(tmp_path / "other", "seed=1"))
+    assert rows(tmp_path / "again") == rows(tiny_run)
+    assert rows(tmp_path / "other") != rows(tiny_run)
+
+
+def test_evaluation_does_not_disturb_training(tiny_run: Path, tmp_path: Path) -> None:
+    finish(tiny_loop(tmp_path / "often", "eval.every=70", "eval.episodes=3"))
+
+    def training(run_dir: Path) -> list[dict]:
+        return [row for row in rows(run_dir) if "eval/return" not in row]
+
+    assert training(tmp_path / "often") == training(tiny_run)
+
+
+def test_phases_happen_in_their_order_and_the_budget_is_kept(tiny_run: Path) -> None:
+    sessions = [row for row in rows(tiny_run) if "feedback/session" in row]
+    assert [row["env_step"] for row in sessions] == [200, 300, 400]
+    assert [row["feedback/asked"] for row in sessions] == [5, 10, 15]
+    evaluations = [row["env_step"] for row in rows(tiny_run) if "eval/return" in row]
+    assert evaluations == [0, 250, 500, 600], "the last evaluation is at the end"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts"),
+    [("constant", [10, 10, 10]), ("decay", [10, 5, 1]), ("increase", [9, 19, 40])],
+)
+def test_feedback_schedules(schedule: str, counts: list[int]) -> None:
+    feedback = Feedback(budget=1000, per_session=10, schedule=schedule)
+    assert [feedback.count(step, 1000, asked=0) for step in (0, 500, 999 if schedule == "decay" else 751)] == counts
+    assert feedback.count(0, 1000, asked=997) == 3
+
+
+def test_fresh_pairs_are_collected_without_learning_and_their_updates_made_up_for(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "updater.pairs=fresh", "feedback.fresh_steps=40")
+    updates = []
+    original = loop.session.collect_fresh
+
+    def spy(steps: int) -> None:
+        before = loop.agent._n_updates
+        original(steps)
+        updates.append((steps, loop.agent._n_updates - before))
+
+    loop.session.collect_fresh = spy  # type: ignore[method-assign]
+    finish(loop)
+    assert updates == [(40, 0)] * 3
+    assert loop.step == loop.total_steps, "fresh steps are environment steps"
+    assert (
+        loop.agent._n_updates == loop.total_steps - 100 + 5
+    )  # one per step after the random ones, 5 after pretraining
+
+
+def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
+    asked: list[Query] = []
+    teacher = loop.parts.teacher
+    loop.parts.teacher = lambda query: (asked.append(query), teacher(query))[1]
+    finish(loop)
+    assert [len(query) for query in asked] == [5, 5, 5]
+    for query in asked:
+        assert torch.equal(query.first.obs[:, 0], query.second.obs[:, 0])
+        assert not torch.equal(query.first.obs[:, 1:], query.second.obs[:, 1:])
+    assert loop.step >= 600
+
+
+class Tantrum:
+    """Answers once, then does what it is told to."""
+
+    def __init__(self, bad) -> None:
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, query: Query) -> Answer:
+        self.calls += 1
+        good = Answer(torch.ones(len(query)), torch.ones(len(query), dtype=torch.bool))
+        return good if self.calls == 1 else self.bad(good)
+
+
+def raises(_: Answer) -> Answer:
+    raise KeyError("lost my glasses")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (raises, "lost my glasses"),
+        (lambda good: Answer(good.prefers_first[:2], good.given[:2]), "shape"),
+        (lambda good: Answer(good.prefers_first + 1, good.given), "pair 0 is 2"),
+        (lambda good: Answer(good.prefers_first.double(), good.given), "float64"),
+    ],
+)
+def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path, bad, message: str) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.teacher = Tantrum(bad)
+    with pytest.raises(TeacherError, match="Tantrum") as caught:
+        finish(loop)
+    assert message in str(caught.value)
+    resumed = tiny_loop(tmp_path / "run2", f"resume={tmp_path / 'run'}")
+    assert resumed.step == 300
+    assert len(resumed.parts.preferences) == 5, "the first session's answers are kept"
+    assert resumed.pending is not None, "the questions will be asked again"
+    assert finish(resumed)["complete"]
+
+
+def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.teacher = lambda query: Answer(torch.zeros(len(query)), torch.zeros(len(query), dtype=torch.bool))
+    summary = finish(loop)
+    assert summary["feedback/labels"] == 0
+    assert summary["feedback/skipped"] == 15
+
+
+def test_a_run_folder_stands_alone(tiny_run: Path) -> None:
+    assert {path.name for path in tiny_run.iterdir()} >= {
+        "config.yaml",
+        "command.txt",
+        "versions.json",
+        "metrics.jsonl",
+        "summary.json",
+        "answers.jsonl",
+        "preferences.npz",
+        "checkpoints",
+        "steps",
+    }
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert summary["complete"] is True
+    assert summary["env_step"] == 600
+    assert {"eval/return", "eval/success", "feedback/labels", "reward/holdout_accuracy"} <= summary.keys()
+    assert "torch" in json.loads((tiny_run / "versions.json").read_text())
+
+
+def test_normalised_returns_are_absent_without_an_oracle_and_right_with_one(tiny_run: Path, tmp_path: Path) -> None:
+    assert not any("eval/oracle_return" in row for row in rows(tiny_run))
+    curve = tmp_path / "oracle.csv"
+    curve.write_text("env_step,return,success\n0,10,0\n1000,50,1\n")
+    finish(tiny_loop(tmp_path / "run", f"oracle={curve}"))
+    last = [row for row in rows(tmp_path / "run") if "eval/return" in row][-1]
+    assert last["eval/oracle_return"] == pytest.approx(10 + 40 * 0.6)
+    assert last["eval/normalized_return"] == pytest.approx(last["eval/return"] / 50)
+
+
+def test_a_broken_oracle_curve_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("step,return\n1,2\n")
+    with pytest.raises(ValueError, match=r"bad\.csv: expected columns env_step and return"):
+        OracleCurve(tmp_path / "bad.csv")
+
+
+class Counting(BaseCallback):
+    """An SB3 callback of the user's."""
+
+    seen = 0
+
+    def _on_step(self) -> bool:
+        type(self).seen += 1
+        return True
+
+
+def test_sb3_callbacks_see_every_step(tmp_path: Path) -> None:
+    Counting.seen = 0
+    finish(tiny_loop(tmp_path / "run", "callbacks=[{_target_: tests.test_loop.Counting}]"))
+    assert Counting.seen == 600
+
+
+def test_the_agent_is_an_sac_that_saves_and_loads(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    finish(loop)
+    assert isinstance(loop.agent, SAC)
+    loop.agent.save(tmp_path / "agent.zip")
+    again = type(loop.agent).load(tmp_path / "agent.zip")
+    obs = np.zeros((1, 2), np.float32)
+    np.testing.assert_array_equal(
+        loop.agent.predict(obs, deterministic=True)[0], again.predict(obs, deterministic=True)[0]
+    )
