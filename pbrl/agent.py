@@ -54,7 +54,7 @@ class SquashedStdActor(Actor):
             return super().get_action_dist_params(obs)
         latent = self.latent_pi(self.extract_features(obs, self.features_extractor))
         low, high = self.log_std_range
-        return self.mu(latent), low + 0.5 * (high - low) * (torch.tanh(self.log_std(latent)) + 1), {}
+        return self.mu(latent), low + 0.5 * (high - low) * (torch.tanh(self.log_std(latent)) + 1), {}  # type: ignore[operator]
 
 
 class PreferencePolicy(SACPolicy):
@@ -178,9 +178,9 @@ class PreferenceSAC(SAC):
         return self.collect_rollouts(
             self.env,
             callback,
-            self.train_freq,
+            self.train_freq,  # type: ignore[arg-type]
             self.replay_buffer,
-            learning_starts=self.learning_starts,  # type: ignore[arg-type]
+            learning_starts=self.learning_starts,
         ).continue_training
 
     @torch.no_grad()
@@ -334,7 +334,7 @@ class PreferenceSAC(SAC):
         if self.ent_coef_optimizer is None or self.log_ent_coef is None:
             return self.ent_coef_tensor
         alpha = self.log_ent_coef.detach().exp().squeeze()
-        self._temperature_adam.step([-(log_prob.detach().mean() + self.target_entropy).reshape(1)])
+        self._temperature_adam.step([-(log_prob.detach().mean() + float(self.target_entropy)).reshape(1)])
         return alpha
 
     @torch.no_grad()
@@ -419,7 +419,7 @@ class PreferenceSAC(SAC):
         if state["last_obs"] is None:
             self.training_env.np_random.bit_generator.state = state["env_rng"]
             return True
-        self._last_obs = self.env.reset()
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
         self.training_env.np_random.bit_generator.state = state["env_rng"]
         if state["env_state"] is None:
             return False
@@ -467,7 +467,7 @@ class AgentView:
 
     def __init__(self, agent: PreferenceSAC) -> None:
         self._agent = agent
-        self._distribution = _Distribution(agent.actor)  # type: ignore[arg-type]
+        self._distribution = _Distribution(agent.actor)
         self._critics = _Critics(agent.critic)
 
     @property

@@ -113,7 +113,7 @@ class _Builder:
         return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed))
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
-        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.loop.{kind.__name__}"}, self.cfg[name]))  # type: ignore[attr-defined]
+        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.loop.{kind.__name__}"}, self.cfg[name]))
         values = OmegaConf.to_container(self.cfg[name], resolve=True)
         return _refuse(lambda: kind(**values))  # type: ignore[arg-type]
 
@@ -206,7 +206,7 @@ class _Builder:
     def _callback(self) -> Any:
         from stable_baselines3.common.callbacks import CallbackList
 
-        callbacks = [_refuse(lambda node=node: instantiate(node)) for node in self.cfg.callbacks]
+        callbacks = _refuse(lambda: [instantiate(node) for node in self.cfg.callbacks])
         return CallbackList(callbacks) if callbacks else None
 
 

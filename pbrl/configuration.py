@@ -119,7 +119,7 @@ def check_arguments(name: str, node: Any) -> None:
     if node.get("_target_") is not None:
         _check_target(name, node)
     for key, value in node.items():
-        check_arguments(f"{name}.{key}", value)
+        check_arguments(f"{name}.{key!s}", value)
 
 
 def _check_target(name: str, node: DictConfig) -> None:
@@ -136,8 +136,8 @@ def _check_target(name: str, node: DictConfig) -> None:
         if str(key).startswith("_"):
             continue
         if key not in known and not open_ended:
-            raise _unknown("key", f"{name}.{key}", [f"{name}.{parameter}" for parameter in known])
-        _check_type(f"{name}.{key}", value, hints.get(str(key), Any))
+            raise _unknown("key", f"{name}.{key!s}", [f"{name}.{parameter}" for parameter in known])
+        _check_type(f"{name}.{key!s}", value, hints.get(str(key), Any))
 
 
 def type_hints(target: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def first_error(arguments: list[str]) -> str | None:
             with initialize_config_module("pbrl.conf", version_base="1.3"):
                 section = OmegaConf.select(compose("train"), key.rpartition(".")[0]) if "." in key else compose("train")
             prefix = key.rpartition(".")[0]
-            known = [f"{prefix}.{name}" if prefix else str(name) for name in section]
+            known = [f"{prefix}.{name!s}" if prefix else str(name) for name in section]
             return str(_unknown("key", key, known))
         return lines[0]
     finally:

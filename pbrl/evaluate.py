@@ -64,7 +64,7 @@ def record(agent: PreferenceSAC, env: Any, seed: int, path: Path, size: int = 25
     total, done = 0.0, False
     with imageio.get_writer(path, fps=FPS, codec="libx264", pixelformat="yuv420p", macro_block_size=16) as video:
         while not done:
-            video.append_data(env.render(size, size))
+            video.append_data(env.render(size, size))  # type: ignore[attr-defined]
             obs, reward, terminated, truncated, _ = env.step(act(agent, obs))
             total += float(reward)
             done = terminated or truncated

@@ -91,7 +91,7 @@ class WandB:
     in a new offline folder of the same id (W&B cannot append to one); metrics.jsonl stays whole.
 
     Args:
-        run_dir: W&B's files go to RUN/wandb. run_config: the run's config, plain. choices: env, updater, teacher, … names.
+        run_dir: W&B's files go to RUN/wandb. run_config: the run's config, plain. choices: names of env, updater, ….
         project, entity: as in W&B. mode: auto, online, offline or disabled (WANDB_MODE wins over auto).
         tags: beside env, updater, teacher and seed. artifacts: upload the last checkpoint at the end.
         init_timeout: seconds to wait for the server before going offline.
@@ -151,7 +151,7 @@ class WandB:
         if mode == "offline":
             options = {key: value for key, value in options.items() if key != "resume"}
         settings = self._wandb.Settings(init_timeout=timeout, silent=True, console="off")
-        return self._wandb.init(**options, mode=mode, settings=settings)
+        return self._wandb.init(**options, mode=mode, settings=settings)  # type: ignore[arg-type]
 
     def log(self, row: Row) -> None:
         self._run.log({key: plain(value) for key, value in row.items() if value is not None})

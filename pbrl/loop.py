@@ -384,7 +384,7 @@ class Loop:
     def _feedback_metrics(self) -> dict[str, float]:
         parts = self.parts
         counts = parts.preferences.counts
-        metrics = {
+        metrics: dict[str, float] = {
             "feedback/session": self.sessions,
             "feedback/asked": counts["asked"],
             "feedback/labels": counts["given"],

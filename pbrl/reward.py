@@ -87,7 +87,7 @@ class RewardEnsemble(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.members[0][-2].weight.device
+        return next(self.members[0].parameters()).device
 
     def member(self, index: int, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by one member: float32 [...] for obs [..., obs_dim] and actions [..., act_dim]."""
@@ -116,9 +116,7 @@ class RewardEnsemble(nn.Module):
     def returns(self, segments: Segments) -> Tensor:
         """Undiscounted learned return of each segment by each member: float32 [M, B]."""
         size, horizon, _ = segments.obs.shape
-        rewards = self.predict(
-            segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy()
-        )
+        rewards = self.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
         return torch.from_numpy(rewards).unflatten(1, (size, horizon)).sum(dim=2)
 
     def preference_logits(self, first: Segments, second: Segments) -> Tensor:
