@@ -1,0 +1,302 @@
+"""A-PARL on robots: PEBBLE where its Term 2 is off, right where the truth is known, and never unsafe."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pbrl.bilevel.estimators import Implicit
+from pbrl.bilevel.fresh import PARTS, cut, labelled, training_rows
+from pbrl.bilevel.gate import Gate, as_gate, as_limit
+from pbrl.bilevel.params import flatten, norm
+from pbrl.bilevel.second_term import Estimate, Safeguard, SecondTerm, WeightedRows
+from pbrl.bilevel.upper import pair_scores
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Segments
+from pbrl.updaters.aparl import APARL
+from pbrl.updaters.pebble import Pebble
+from tests.gaussian_problem import GaussianSession, assert_unbiased, exact_terms, quadratic_reward
+
+FEW = {"epochs": 3}
+EXACT = {"horizon": 2, "damping": 0.0, "tol": 1e-4}
+
+
+def ensemble(seed=0):
+    return RewardEnsemble(2, 1, members=3, hidden=(8, 8), activation="silu", seed=seed)
+
+
+def weights_after(updater, seed=0, sessions=1):
+    """The reward's parameters after updates on one data set, float64 [D]; and the last metrics."""
+    reward = ensemble()
+    session = GaussianSession(seed)
+    for _ in range(sessions):
+        metrics = updater.update(reward, session.preferences(), session)
+    return flatten(dict(reward.named_parameters())), metrics
+
+
+# ------------------------------------------------------------------------------------------------ PEBBLE
+
+
+def test_with_its_second_term_off_it_equals_pebble_bit_for_bit():
+    ours, _ = weights_after(APARL(**FEW, implicit=Implicit("off")))
+    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_behind_a_closed_gate_it_equals_pebble_bit_for_bit():
+    ours, metrics = weights_after(APARL(**FEW, implicit=Implicit(**EXACT), gate=Gate(consecutive=100)))
+    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    np.testing.assert_array_equal(ours, theirs)
+    assert metrics["aparl/usable"] == 1 and metrics["aparl/applied"] == 0
+
+
+def test_with_the_gate_off_its_second_term_changes_the_reward():
+    ours, metrics = weights_after(APARL(**FEW, implicit=Implicit(**EXACT), gate="off"))
+    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    assert metrics["aparl/applied"] == 1 and not np.array_equal(ours, theirs)
+
+
+def test_earlier_answers_stay_in_the_data_with_the_share_asked_for():
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(training_rows(100, 20, None, rng), np.arange(100))
+    np.testing.assert_array_equal(training_rows(100, 20, 0.0, rng), np.arange(80, 100))
+    rows = training_rows(100, 20, 0.5, rng)
+    assert len(set(rows)) == 40 and (rows >= 80).sum() == 20
+    assert len(training_rows(25, 20, 0.5, rng)) == 25  # as many as there are
+
+
+# ------------------------------------------------------------------------------------------------ the truth
+
+
+def second_term(reward, updater, session):
+    """The whole Term 2 in (A, B)."""
+    estimate = updater._estimate(reward, session.preferences(), session)
+    assert estimate.converged and estimate.rows is not None
+    return flatten(estimate.rows.gradients(reward, estimate.rows.weights.mean(0)))
+
+
+@pytest.mark.parametrize(
+    ("upper", "implicit", "episodes"),
+    [
+        ("preference", Implicit("fisher", **EXACT), 600),
+        ("preference", Implicit("fisher", center=False, **EXACT), 2400),
+        ("preference", Implicit("covariance", **EXACT), 600),
+        ("win_rate", Implicit("fisher", **EXACT), 600),
+    ],
+    ids=["fisher", "fisher-uncentred", "covariance", "win-rate"],
+)
+def test_the_estimates_are_unbiased_at_the_soft_optimum(upper, implicit, episodes):
+    updater, reward = APARL(upper=upper, implicit=implicit), quadratic_reward()
+    _, truth = exact_terms(upper)
+    samples = [second_term(reward, updater, GaussianSession(seed, episodes)) for seed in range(30)]
+    assert_unbiased(samples, truth.numpy())
+
+
+def test_the_full_hessian_agrees_with_the_fisher_matrix_at_the_soft_optimum():
+    """Their expectations are equal there; 4000 episodes leave an error of some per cent (4 parameters)."""
+    reward, session = quadratic_reward(), GaussianSession(0, 4000)
+    found = {
+        name: second_term(reward, APARL(implicit=Implicit(name, states=10**6, **EXACT | {"tol": 1e-3})), session)
+        for name in ("fisher", "full")
+    }
+    assert np.linalg.norm(found["full"] - found["fisher"]) < 0.3 * np.linalg.norm(found["fisher"])
+
+
+def test_the_two_halves_are_independent():
+    """Their covariance over data sets is zero within 4.5 standard errors; shared scores would make it positive."""
+    updater, reward = APARL(implicit=Implicit(**EXACT)), quadratic_reward()
+    halves = []
+    for seed in range(60):
+        session = GaussianSession(seed, 64)
+        rows = updater._estimate(reward, session.preferences(), session).rows
+        halves.append([flatten(rows.gradients(reward, w)) for w in rows.weights])
+    first, second = np.moveaxis(np.array(halves), 1, 0)
+    products = ((first - first.mean(0)) * (second - second.mean(0))).sum(1)
+    assert abs(products.mean()) < 4.5 * products.std(ddof=1) / math.sqrt(len(products))
+
+
+def test_a_utility_joins_the_upper_objective():
+    """U = the number of steps, a constant, has no gradient; U = r_phi's return has PARL's direct term."""
+    reward, session = quadratic_reward(), GaussianSession(1)
+    plain = second_term(reward, APARL(implicit=Implicit(**EXACT)), session)
+    constant = APARL(implicit=Implicit(**EXACT), utility=lambda trajectories, rewards: trajectories.mask.sum(1).float())
+    np.testing.assert_allclose(second_term(reward, constant, session), plain, rtol=1e-4, atol=1e-6)
+    grown = quadratic_reward()
+    APARL(epochs=1, implicit=Implicit("off"), utility=lambda trajectories, rewards: 1e6 * rewards.sum(1)).update(
+        grown, session.preferences(), session
+    )
+    assert grown.returns(session.episodes).mean() > reward.returns(session.episodes).mean()
+
+
+def test_a_regulariser_holds_the_reward_back():
+    session = GaussianSession(2)
+
+    def size(updater):
+        reward = ensemble()
+        updater.update(reward, session.preferences(), session)
+        return norm(dict(reward.named_parameters()))
+
+    def weight_decay(reward):
+        return -1e3 * sum(parameter.square().sum() for parameter in reward.parameters())
+
+    off = Implicit("off")
+    assert size(APARL(**FEW, implicit=off, regulariser=weight_decay)) < size(APARL(**FEW, implicit=off))
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+
+def test_episodes_are_cut_into_pieces_with_masks():
+    episodes = [ramp(5, 0), ramp(3, 100)]
+    pieces = cut(episodes, 2)
+    assert pieces.mask.tolist() == [[True, True], [True, True], [True, False], [True, True], [True, False]]
+    assert pieces.obs[pieces.mask][:, 0].tolist() == [0, 1, 2, 3, 4, 100, 101, 102]
+
+
+def test_every_labelled_step_belongs_to_the_part_its_piece_is_in():
+    session = GaussianSession(3, 16)
+    pairs = labelled(session.preferences(), 8, session.fresh(), 2)
+    pieces = np.concatenate([np.arange(0, 16, 2), np.arange(1, 16, 2)])  # the episodes of the first and second segments
+    np.testing.assert_array_equal(pairs.part.numpy(), np.repeat(pieces[:, None] % PARTS, 2, axis=1))
+    scores = pair_scores("preference", quadratic_reward(), pairs)
+    assert scores.complete
+
+
+def test_segments_from_elsewhere_are_dealt_out_pair_by_pair():
+    session, other = GaussianSession(3, 16), GaussianSession(4, 16)
+    pairs = labelled(session.preferences(), 8, other.fresh(), 2)
+    np.testing.assert_array_equal(pairs.part[:8].numpy(), pairs.part[8:].numpy())
+    assert pairs.part[:8, 0].tolist() == [i % PARTS for i in range(8)]
+
+
+def ramp(steps, start):
+    values = torch.arange(start, start + steps, dtype=torch.float32)[None, :, None]
+    return Segments(values, values / 1000, values / 1000)
+
+
+# ------------------------------------------------------------------------------------------------ gate and clip
+
+
+def test_the_gate_opens_after_consecutive_agreement_and_closes_at_once():
+    gate = Gate(threshold=0.5, consecutive=2)
+    assert [gate.observe(c) for c in (0.6, 0.6, 0.9, 0.4, 0.9, math.nan, 0.6, 0.6)] == [
+        False, True, True, False, False, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [{"threshold": 1.0}, {"consecutive": 0}])
+def test_a_gate_that_cannot_work_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Gate(**bad)
+
+
+def test_off_and_inf_are_understood_as_text_too():
+    assert as_gate("off") is None and as_gate(False) is None
+    assert as_limit(".inf") == math.inf and as_limit(0.5) == 0.5
+    for wrong in (0.0, -1.0, "much", math.nan):
+        with pytest.raises(ValueError, match="clip"):
+            as_limit(wrong)
+    with pytest.raises(ValueError, match="gate"):
+        as_gate("shut")
+
+
+def rows_for(reward, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    obs, actions = torch.randn(20, 2, generator=generator), torch.rand(20, 1, generator=generator)
+    return WeightedRows(obs, actions, scale * torch.randn(2, 20, generator=generator))
+
+
+@pytest.mark.parametrize("clip", [0.1, math.inf])
+def test_each_member_gets_at_most_clip_times_its_first_term(clip):
+    reward = ensemble()
+    rows = rows_for(reward, 100.0)
+    reward(rows.obs, rows.actions).sum().backward()
+    before = [{n: p.grad.clone() for n, p in member.named_parameters()} for member in reward.members]
+    term = SecondTerm(reward, rows, rows.gradients(reward, rows.weights.mean(0)), True, clip)
+    term()
+    for m, member in enumerate(reward.members):
+        added = {n: p.grad - before[m][n] for n, p in member.named_parameters()}
+        whole = rows.gradient(reward, m, rows.weights.mean(0))
+        expected = norm(whole) if clip == math.inf else clip * norm(before[m])
+        assert norm(added) == pytest.approx(expected, rel=1e-4)
+        cosine = flatten(added) @ flatten(whole) / (norm(added) * norm(whole))
+        assert cosine == pytest.approx(-1.0, abs=1e-5)  # the optimiser descends
+
+
+def test_what_is_not_finite_or_not_converged_falls_back_to_term_1_and_is_counted():
+    reward = ensemble()
+    bad = rows_for(reward)
+    bad.weights[0, 3] = math.nan
+    for estimate in (Estimate(bad), Estimate(rows_for(reward), converged=False), Estimate(None)):
+        guard = Safeguard(None, 0.1)
+        term, metrics = guard.admit(reward, estimate)
+        assert term is None or not term.admitted
+        assert metrics["fallbacks"] == 1 and metrics["usable"] == 0
+
+
+def test_a_term_that_stops_being_finite_during_training_is_left_out_and_counted():
+    reward, guard = ensemble(), Safeguard(None, math.inf)
+    rows = rows_for(reward)
+    poisoned = WeightedRows(rows.obs.clone(), rows.actions, rows.weights)
+
+    def fit(extra):
+        reward(rows.obs, rows.actions).sum().backward()
+        poisoned.obs[0] = math.nan
+        extra()
+        return {}
+
+    _, found = guard.train(reward, Estimate(poisoned), None, fit)
+    assert found["fallbacks"] == 1
+    assert all(parameter.grad.isfinite().all() for parameter in reward.parameters())
+
+
+def test_an_unconverged_solve_leaves_the_reward_to_term_1():
+    updater = APARL(**FEW, implicit=Implicit("fisher", horizon=2, damping=0.0, tol=1e-12, max_iter=1), gate="off")
+    ours, metrics = weights_after(updater)
+    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    np.testing.assert_array_equal(ours, theirs)
+    assert metrics["aparl/fallbacks"] == 1
+
+
+@pytest.mark.parametrize("episodes", [2, 6])
+def test_too_few_rollouts_give_no_estimate(episodes):
+    reward, session = ensemble(), GaussianSession(0, episodes)
+    metrics = APARL(implicit=Implicit(horizon=2)).update(reward, session.preferences(), session)
+    assert metrics["aparl/fallbacks"] == 1 and math.isnan(metrics["aparl/split_cosine"])
+
+
+# ------------------------------------------------------------------------------------------------ state and runs
+
+
+def test_its_state_resumes_exactly():
+    whole, cut_short, resumed = (APARL(**FEW, implicit=Implicit(**EXACT), gate=Gate(-0.99, 2)) for _ in range(3))
+    straight, metrics = weights_after(whole, sessions=3)
+    reward, session = ensemble(), GaussianSession(0)
+    for _ in range(2):
+        cut_short.update(reward, session.preferences(), session)
+    resumed.load_state_dict(json.loads(json.dumps(cut_short.state_dict())))
+    again = resumed.update(reward, session.preferences(), session)
+    np.testing.assert_array_equal(flatten(dict(reward.named_parameters())), straight)
+    assert again == pytest.approx(metrics, nan_ok=True) and again["aparl/gate_open_share"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"upper": "fame"},
+        {"earlier_share": 1.5},
+        {"clip": 0.0},
+        {"gate": "shut"},
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        APARL(**options)
+
+
+@pytest.mark.parametrize("option", [{"estimator": "magic"}, {"horizon": 0}, {"damping": -1.0}, {"trace_decay": 0.0}])
+def test_an_estimator_that_cannot_work_is_refused_by_name(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Implicit(**option)
