@@ -1,0 +1,214 @@
+"""The agent's update: the written-out derivative against autograd's and against Stable-Baselines3's own `train`."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.logger import Logger
+from torch import Tensor, nn
+
+from envs.pointmass import PointMass
+from pbrl.agent import METRICS, PreferenceSAC, SquashedStdActor, make_agent
+from pbrl.fast_update import FastUpdate, FusedAdam, Perceptron, supports
+from pbrl.replay import Batch
+
+SIZE = (
+    64  # rows of a batch; with two action entries a multiple of 16: one normal draw of 2·SIZE rows equals two of SIZE
+)
+
+
+def agent(**options: Any) -> PreferenceSAC:
+    defaults: dict[str, Any] = {"seed": 3, "net_arch": (32, 24), "batch_size": SIZE, "buffer_size": 500}
+    return make_agent(PointMass(), **(defaults | options))
+
+
+def batches(count: int, of: PreferenceSAC, seed: int = 0) -> list[Batch]:
+    """Random transitions of the agent's shapes, a tenth of them terminal."""
+    draw = torch.Generator().manual_seed(seed)
+    obs_dim, act_dim = of.observation_space.shape[0], of.action_space.shape[0]
+    return [
+        Batch(
+            torch.randn(SIZE, obs_dim, generator=draw),
+            torch.rand(SIZE, act_dim, generator=draw) * 2 - 1,
+            torch.randn(SIZE, obs_dim, generator=draw),
+            torch.randn(SIZE, generator=draw),
+            (torch.rand(SIZE, generator=draw) > 0.1).float(),
+        )
+        for _ in range(count)
+    ]
+
+
+def distance(a: Any, b: Any) -> float:
+    """The largest difference between two agents' parameters, the temperature's logarithm included."""
+    pairs = [*zip(a.policy.parameters(), b.policy.parameters(), strict=True), (a.log_ent_coef, b.log_ent_coef)]
+    return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+
+@pytest.mark.parametrize("log_std_range", [None, (-5, 2)])
+@pytest.mark.parametrize("net_arch", [(32,), (32, 24), (16, 24, 32)])
+def test_the_written_out_update_equals_autograds(log_std_range: Any, net_arch: tuple[int, ...]) -> None:
+    fast, plain = (agent(log_std_range=log_std_range, net_arch=net_arch) for _ in range(2))
+    plain._fast = None
+    assert isinstance(fast._fast, FastUpdate)
+    for step, batch in enumerate(batches(100, fast)):
+        fast.update(batch)
+        plain.update(batch)
+        if step < 10:
+            assert distance(fast, plain) < 1e-6
+    assert distance(fast, plain) < 1e-4  # Adam divides tiny gradients by their own size: rounding may grow
+    assert distance(fast, agent(log_std_range=log_std_range, net_arch=net_arch)) > 1e-3  # they did move
+    ours, theirs = fast.metrics(), plain.metrics()
+    assert list(ours) == list(METRICS)
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_a_hundred_updates_equal_sb3s_own_train() -> None:
+    options = {"seed": 3, "batch_size": SIZE, "buffer_size": 500, "ent_coef": "auto_0.1", "learning_rate": 3e-4}
+    stock = SAC("MlpPolicy", PointMass(), policy_kwargs={"net_arch": [32, 24]}, **options)
+    stock.set_logger(Logger(None, []))
+    ours = agent(learning_rate=3e-4, temperature_lr=3e-4, target_update_interval=1)
+    ours.policy.load_state_dict(stock.policy.state_dict())
+    ours.noise = torch.default_generator
+    given = batches(100, ours)
+    torch.manual_seed(1)
+    for batch in given:
+        ours.update(batch)
+    feed = iter(given)
+    stock.replay_buffer = SimpleNamespace(sample=lambda size, env: as_sb3(next(feed)))  # type: ignore[assignment]
+    torch.manual_seed(1)
+    for _ in given:
+        stock.train(1, SIZE)
+    assert distance(ours, stock) < 2e-6
+    assert ours._n_updates == stock._n_updates == 100
+
+
+def as_sb3(batch: Batch) -> SimpleNamespace:
+    return SimpleNamespace(
+        observations=batch.obs,
+        actions=batch.actions,
+        next_observations=batch.next_obs,
+        rewards=batch.rewards.unsqueeze(1),
+        dones=1 - batch.not_done.unsqueeze(1),
+        discounts=None,
+    )
+
+
+def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None:
+    torch.manual_seed(0)
+    first, second, *heads = (nn.Linear(*s, dtype=torch.float64) for s in ((7, 9), (9, 11), (11, 2), (11, 3)))
+    net = Perceptron([first, second], heads, torch.float64)
+    inputs = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
+    hidden = second(first(inputs).relu()).relu()
+    expected = torch.cat([head(hidden) for head in heads], dim=1)
+    weights = torch.randn(8, 5, dtype=torch.float64)
+    *params, _ = torch.autograd.grad((expected[:8] * weights).sum(), [*net.params, inputs])
+    with torch.no_grad():
+        torch.testing.assert_close(net.forward(inputs), expected)
+        net.backward(weights)
+    for ours, theirs in zip(net.grads, params, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_input_gradients_equal_autograds_in_the_chosen_rows() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(7, 9), nn.Linear(9, 1)
+    net = Perceptron([first], [last], torch.float32)
+    inputs = torch.randn(13, 7, requires_grad=True)
+    expected = torch.autograd.grad(last(first(inputs).relu()).sum(), inputs)[0]
+    rows = torch.tensor([1, 4, 12])
+    with torch.no_grad():
+        net.forward(inputs)
+        ours = net.input_gradient(torch.ones(3, 1), rows, first=5)
+    torch.testing.assert_close(ours, expected[rows, 5:])
+
+
+def test_fused_adam_equals_the_optimizer_through_clearing_and_loading() -> None:
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizers = [torch.optim.Adam([p], lr=0.1, fused=True) for p in (ours, theirs)]
+    adam = FusedAdam(optimizers[0], [ours])
+    saved: Any = None
+    for step in range(12):
+        grad = torch.full((5,), float(step) - 3.5)
+        adam.step([grad])
+        theirs.grad = grad
+        optimizers[1].step()
+        assert torch.equal(ours, theirs), step
+        if step == 3:
+            saved = copy.deepcopy(optimizers[0].state_dict())
+        if step == 6:
+            [optimizer.load_state_dict(copy.deepcopy(saved)) for optimizer in optimizers]
+        if step == 8:
+            [optimizer.state.clear() for optimizer in optimizers]
+    assert float(optimizers[0].state[ours]["step"]) == 3
+
+
+def test_targets_move_every_second_update_across_calls() -> None:
+    learner = agent(target_update_interval=2)
+    moved = []
+    for batch in batches(4, learner):
+        before = [p.clone() for p in learner.critic_target.parameters()]
+        learner.update(batch)
+        moved.append(
+            any(not torch.equal(a, b) for a, b in zip(before, learner.critic_target.parameters(), strict=True))
+        )
+    assert moved == [True, False, True, False]
+
+
+class SlowerActor(SquashedStdActor):
+    """An actor of the user's own: its distribution is not what the written-out update knows."""
+
+    def get_action_dist_params(self, obs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mean, log_std, extra = super().get_action_dist_params(obs)
+        return mean / 2, log_std, extra
+
+
+def test_networks_of_the_users_own_fall_back_to_autograd() -> None:
+    learner = agent()
+    assert supports(learner)
+    learner.actor.__class__ = SlowerActor
+    assert not supports(learner)
+    smooth = PreferenceSAC(
+        "MlpPolicy", PointMass(), policy_kwargs={"activation_fn": nn.Tanh, "net_arch": [8]}, buffer_size=100
+    )
+    smooth.set_logger(Logger(None, []))
+    assert smooth._fast is None
+    before = [p.clone() for p in smooth.actor.parameters()]
+    smooth.update(batches(1, smooth)[0])
+    assert all(not torch.equal(a, b) for a, b in zip(before, smooth.actor.parameters(), strict=True))
+
+
+def test_bf16_stays_close_and_keeps_float32_weights() -> None:
+    exact, rounded = agent(), agent(precision="bf16")
+    for batch in batches(50, exact):
+        exact.update(batch)
+        rounded.update(batch)
+    assert {p.dtype for p in rounded.policy.parameters()} == {torch.float32}
+    assert rounded.metrics() == pytest.approx(exact.metrics(), rel=0.05, abs=0.01)
+    assert 0 < distance(exact, rounded) < 0.02
+
+
+def test_wrong_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"agent\.precision=fp8; expected one of fp32, bf16"):
+        agent(precision="fp8")
+    with pytest.raises(ValueError, match="plain ReLU"):
+        PreferenceSAC("MlpPolicy", PointMass(), precision="bf16", policy_kwargs={"activation_fn": nn.Tanh})
+
+
+def test_a_saved_agent_goes_on_with_the_same_update(tmp_path: Any) -> None:
+    one = agent()
+    first, second = batches(2, one)
+    one.update(first)
+    one.save(tmp_path / "agent.zip")
+    two = PreferenceSAC.load(tmp_path / "agent.zip", env=PointMass())
+    assert isinstance(two, SAC) and isinstance(two._fast, FastUpdate)
+    two.noise.set_state(one.noise.get_state())
+    one.update(second)
+    two.update(second)
+    assert distance(one, two) == 0
+    assert np.isfinite(list(two.metrics().values())).all()
