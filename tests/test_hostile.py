@@ -1,0 +1,345 @@
+"""What strangers may hand over: files that want to run code, names that want to leave their folder, and plain rubbish."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pbrl.checkpoint
+from pbrl.building import build
+from pbrl.checkpoint import CheckpointError, load_latest
+from pbrl.configuration import ConfigError
+from pbrl.loop import Loop
+from pbrl.preferences import Preferences
+from pbrl.stored import read_config
+from teachers.recorded import RecordedTeacher
+from tests.conftest import config, tiny_loop
+
+ROOT = Path(__file__).parents[1]
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Payload:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_the_payload_works(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
+    assert (tmp_path / "mark").exists()
+
+
+def resume(run: Path, *overrides: str) -> Loop:
+    """The loop of `python -m pbrl.train resume=RUN`."""
+    given = [f"resume={run}", *overrides]
+    cfg, choices = config(*given)
+    return build(cfg, choices, given)
+
+
+@pytest.fixture
+def stored(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run that may be damaged."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def poison(stored: Path, name: str, data: bytes) -> None:
+    """Put `data` into every checkpoint's file, with sums that fit: a stranger can compute them too."""
+    for folder in (stored / "checkpoints").iterdir():
+        (folder / name).write_bytes(data)
+        records = json.loads((folder / "manifest.json").read_text())["steps"]
+        (folder / "manifest.json").unlink()
+        pbrl.checkpoint._write_manifest(folder, 0, records)
+
+
+def npz(**members: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **members)
+    return buffer.getvalue()
+
+
+def test_a_malicious_state_file_does_not_run(stored: Path, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"agent": Payload(tmp_path / "mark")}, buffer)
+    for data in (buffer.getvalue(), pickle.dumps(Payload(tmp_path / "mark"))):
+        poison(stored, "state.pt", data)
+        with pytest.raises(CheckpointError):
+            resume(stored)
+        with pytest.raises(CheckpointError):
+            load_latest(stored)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_malicious_arrays_do_not_run(stored: Path, tmp_path: Path) -> None:
+    data = npz(replay_rewards=np.array([Payload(tmp_path / "mark")], dtype=object))
+    poison(stored, "arrays.npz", data)
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        resume(stored)
+    (tmp_path / "evil.npz").write_bytes(npz(obs=np.array([Payload(tmp_path / "mark")], dtype=object), metadata="{}"))
+    with pytest.raises(ValueError, match="evil.npz"):
+        Preferences.load(tmp_path / "evil.npz")
+    with pytest.raises(ValueError, match="evil.npz"):
+        RecordedTeacher(str(tmp_path / "evil.npz"))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_nothing_in_the_packages_loads_pickles() -> None:
+    found = []
+    for path in [p for package in ("pbrl", "envs", "teachers") for p in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '')}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
+                if {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names):
+                    found.append(where)
+            if not isinstance(node, ast.Call):
+                continue
+            call, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if call.endswith("torch.load") and given.get("weights_only") != "True":
+                found.append(where)
+            if call in ("np.load", "numpy.load", "np.lib.format.read_array") and given.get("allow_pickle") != "False":
+                found.append(where)
+            if call in (
+                "eval",
+                "exec",
+                "yaml.load",
+                "yaml.unsafe_load",
+                "SAC.load",
+                "PreferenceSAC.load",
+                "pd.read_pickle",
+            ):
+                found.append(where)
+    assert found == []
+
+
+# Configs in run folders
+
+
+def edit(stored: Path, **changes: Any) -> None:
+    path = stored / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+MALICIOUS = [
+    {"teacher": {"_target_": "os.mkdir", "path": "MARK"}},
+    {"teacher": {"_target_": "subprocess.Popen", "args": ["mkdir", "MARK"]}},
+    {"teacher": {"_target_": "pbrl.checkpoint.os.mkdir", "path": "MARK"}},
+    {"teacher": {"_target_": "pbrl.building.subprocess.Popen", "args": ["mkdir", "MARK"]}},
+    {"teacher": {"_target_": "pbrl.checkpoint.write_atomically", "path": "MARK", "data": b"x"}},
+    {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": {"_target_": "os.mkdir", "path": "MARK"}}},
+    {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": "${oc.env:HOME}"}},
+    {"callbacks": [{"_target_": "os.mkdir", "path": "MARK"}]},
+    {"callbacks": [[{"_target_": "os.mkdir", "path": "MARK"}]]},
+    {"logger": {"_target_": "builtins.exec", "_args_": ["import os; os.mkdir('MARK')"]}},
+    {"query": {"_target_": "functools.partial", "_args_": ["os.mkdir"]}},
+]
+
+
+@pytest.mark.parametrize("changes", MALICIOUS, ids=lambda c: json.dumps(c, default=str)[:60])
+def test_a_stored_config_calls_nothing_but_this_project_s_classes(
+    stored: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    text = yaml.safe_dump({**yaml.safe_load((stored / "config.yaml").read_text()), **changes})
+    (stored / "config.yaml").write_text(text.replace("MARK", str(tmp_path / "mark")))
+    with pytest.raises(ConfigError, match="is not a class of this project|plain values only"):
+        resume(stored)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_an_own_part_is_called_when_it_is_trusted(stored: Path) -> None:
+    edit(stored, teacher={"_target_": "tests.test_resume.GlobalTeacher"})
+    with pytest.raises(ConfigError, match=r"trust=\[tests.test_resume\]"):
+        resume(stored)
+    assert read_config(stored, ["tests.test_resume"])[0].teacher._target_ == "tests.test_resume.GlobalTeacher"
+
+
+JSONISH = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@quick
+@given(st.data())
+def test_any_stored_config_is_read_or_refused_in_one_line(tiny_run: Path, tmp_path: Path, data: st.DataObject) -> None:
+    good = yaml.safe_load((tiny_run / "config.yaml").read_text())
+    kind = data.draw(st.sampled_from(["bytes", "value", "key", "tree"]))
+    if kind == "bytes":
+        content = data.draw(st.binary(max_size=200))
+    elif kind == "tree":
+        content = yaml.safe_dump(data.draw(JSONISH)).encode()
+    elif kind == "key":
+        del good[data.draw(st.sampled_from(sorted(good)))]
+        content = yaml.safe_dump(good).encode()
+    else:
+        good[data.draw(st.sampled_from(sorted(good)))] = data.draw(JSONISH)
+        content = yaml.safe_dump(good).encode()
+    run = tmp_path / "any"
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_bytes(content)
+    try:
+        resume(run, "total_steps=10").close(False)
+    except (ConfigError, CheckpointError) as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"\0" * 100, b"[]", b"{}", b'{"a": ', "é".encode("latin1"), b"null"])
+@pytest.mark.parametrize("name", ["config.yaml", "versions.json", "answers.jsonl", "metrics.jsonl"])
+def test_a_garbled_file_of_a_run_is_survived_or_named(stored: Path, name: str, rubbish: bytes) -> None:
+    (stored / name).write_bytes(rubbish)
+    try:
+        resume(stored).close(False)
+    except (ConfigError, CheckpointError) as error:
+        assert name in str(error)
+        assert "\n" not in str(error)
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing", Path("/dev/null"), Path("/proc/self")):
+        with pytest.raises(ConfigError, match="there is no run"):
+            resume(folder)
+
+
+# Names and paths
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "a/../../b"])
+def test_the_name_of_an_option_cannot_lead_out_of_the_folder_of_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, choices = config("env=pointmass")
+    with pytest.raises(ConfigError, match="would lead out of the folder of runs"):
+        build(cfg, {**choices, "env": name}, [])
+
+
+def test_a_manifest_cannot_name_files_elsewhere(stored: Path, tmp_path: Path) -> None:
+    newest = sorted((stored / "checkpoints").iterdir())[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (tmp_path / "state.pt").write_bytes(b"elsewhere")
+    manifest["files"]["../../../state.pt"] = manifest["files"].pop("state.pt")
+    manifest.pop("sha256")
+    manifest["sha256"] = pbrl.checkpoint._digest(manifest)
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert load_latest(stored).folder == newest  # the name's last part is what is checked: its own state.pt
+
+
+@pytest.mark.parametrize("member", ["../../evil.npy", "/tmp/evil.npy", "obs/../../evil.npy"])
+def test_a_data_set_writes_nothing_outside(tmp_path: Path, member: str) -> None:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.zeros(3))
+    path = tmp_path / "a" / "b" / "set.npz"
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, buffer.getvalue())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="not an intact preference data set"):
+        Preferences.load(path)
+    with pytest.raises(ValueError, match="not a preference data set"):
+        RecordedTeacher(str(path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Overrides
+
+
+KEYS = ["total_steps", "seed", "threads", "checkpoint_every", "segment_length", "feedback.budget", "feedback.every"]
+KEYS += ["feedback.schedule", "eval.episodes", "agent.tau", "agent.net_arch", "reward.members", "query.pool", "device"]
+KEYS += [
+    "updater.epochs",
+    "teacher.seed",
+    "env.horizon",
+    "pretraining.steps",
+    "oracle",
+    "callbacks",
+    "trust",
+    "nonsense",
+]
+VALUES = st.sampled_from(
+    ["-1", "0", "1", "1.5", "null", "[]", "{}", "text", "true", ".nan", ".inf", "1e400", "[1,2]", "''"]
+)
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=2))
+def test_any_overrides_build_or_are_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
+) -> None:
+    from hydra.errors import HydraException
+
+    run = tmp_path_factory.mktemp("any") / "run"
+    try:
+        tiny_loop(run, *(f"{key}={value}" for key, value in pairs)).close(False)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    except HydraException:
+        pass  # said in one line by pbrl.configuration.first_error; see test_configs
+
+
+# Servers
+
+
+def test_the_example_server_is_reached_from_this_machine_only() -> None:
+    command = [sys.executable, "-m", "teachers.example_server", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline().split(":")[2].split("/")[0])
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            listening = [row[1] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
+            assert [socket.inet_ntoa(bytes.fromhex(a.split(":")[0])[::-1]) for a in listening] == ["127.0.0.1"]
+        finally:
+            server.terminate()
+
+
+# Divergence
+
+
+def test_a_critic_that_explodes_is_reported_with_step_and_quantity(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    loop.agent._sums.fill_(1.0)
+    loop.agent._sums[4] = 1e9
+    loop.agent._summed = 1
+    with pytest.raises(FloatingPointError, match=r"train/q_mean became 1e\+09 before update 0 \(environment step 0\)"):
+        loop.agent.metrics()
+    loop.close(False)
+
+
+@pytest.mark.parametrize("part", ["actor", "critic", "reward"])
+def test_a_network_that_became_nan_is_found_at_once_and_never_saved(tmp_path: Path, part: str) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    loop.stop = lambda: loop.step >= 310  # trained, with a checkpoint at step 300
+    with pytest.raises(Exception, match=""):
+        loop.run()
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    network = loop.parts.reward if part == "reward" else getattr(loop.agent, part)
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="it is not saved"):
+        loop.save()
+    loop.stop = lambda: loop.step >= 330
+    with pytest.raises(FloatingPointError, match=r"(the policy's action|the learned reward) became nan .*step 31\d"):
+        loop.run()
+    loop.close(False)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
