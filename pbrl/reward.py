@@ -26,7 +26,7 @@ BLOCK = 2048  # rows of one forward pass without gradients: activations stay in 
 
 
 class Layers(nn.Sequential):
-    """A sequence that calls its layers' `forward` and none of their hooks: a single row costs half as much."""
+    """A sequence that calls its layers' `forward` and none of their hooks: less work per call, felt by single rows."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         for layer in self:
@@ -108,7 +108,7 @@ class RewardEnsemble(nn.Module):
         device = self.device
         blocks = [
             self(torch.from_numpy(some).to(device), torch.from_numpy(acts).to(device)).cpu()
-            for some, acts in ((obs[i : i + BLOCK], actions[i : i + BLOCK]) for i in range(0, len(obs), BLOCK))
+            for some, acts in ((obs[i : i + BLOCK], actions[i : i + BLOCK]) for i in range(0, max(len(obs), 1), BLOCK))
         ]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).numpy()
 
