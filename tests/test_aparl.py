@@ -17,6 +17,7 @@ from pbrl.reward import RewardEnsemble
 from pbrl.types import Segments
 from pbrl.updaters.aparl import APARL
 from pbrl.updaters.pebble import Pebble
+from tests.conftest import finish, tiny_loop
 from tests.gaussian_problem import GaussianSession, assert_unbiased, exact_terms, quadratic_reward
 
 FEW = {"epochs": 3}
@@ -81,11 +82,10 @@ def second_term(reward, updater, session):
     ("upper", "implicit", "episodes"),
     [
         ("preference", Implicit("fisher", **EXACT), 600),
-        ("preference", Implicit("fisher", center=False, **EXACT), 2400),
         ("preference", Implicit("covariance", **EXACT), 600),
         ("win_rate", Implicit("fisher", **EXACT), 600),
     ],
-    ids=["fisher", "fisher-uncentred", "covariance", "win-rate"],
+    ids=["fisher", "covariance", "win-rate"],
 )
 def test_the_estimates_are_unbiased_at_the_soft_optimum(upper, implicit, episodes):
     updater, reward = APARL(upper=upper, implicit=implicit), quadratic_reward()
@@ -104,6 +104,7 @@ def test_the_full_hessian_agrees_with_the_fisher_matrix_at_the_soft_optimum():
     assert np.linalg.norm(found["full"] - found["fisher"]) < 0.3 * np.linalg.norm(found["fisher"])
 
 
+@pytest.mark.slow
 def test_the_two_halves_are_independent():
     """Their covariance over data sets is zero within 4.5 standard errors; shared scores would make it positive."""
     updater, reward = APARL(implicit=Implicit(**EXACT)), quadratic_reward()
@@ -300,3 +301,19 @@ def test_options_that_cannot_work_are_refused_by_name(options):
 def test_an_estimator_that_cannot_work_is_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Implicit(**option)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["updater.gate=off", "updater.clip=.inf", "updater.implicit.estimator=covariance"],
+        ["updater.gate=off", "updater.utility={_target_: experiments.energy.Energy}"],
+    ],
+    ids=["default", "raw-covariance", "energy"],
+)
+def test_it_runs_end_to_end(overrides, tmp_path):
+    loop = tiny_loop(tmp_path / "run", "updater=aparl", "feedback.fresh_steps=200", *overrides)
+    summary = finish(loop)
+    assert summary["complete"] and "aparl/fallbacks" in summary
+    assert all(p.isfinite().all() for p in loop.parts.reward.parameters())

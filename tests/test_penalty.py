@@ -12,6 +12,7 @@ from pbrl.bilevel.second_actor import Walk, bracket, climb, discounted_steps, di
 from pbrl.reward import RewardEnsemble
 from pbrl.updaters.pebble import Pebble
 from pbrl.updaters.penalty import Penalty
+from tests.conftest import finish, tiny_loop
 from tests.gaussian_problem import ALPHA, STEPS, B, GaussianSession, assert_unbiased, exact_terms, quadratic_reward
 
 FEW = {"epochs": 3}
@@ -71,6 +72,7 @@ def test_a_constant_reward_has_no_bracket_however_the_episodes_were_cut():
     assert discounted_steps(0.9, 2) == pytest.approx(1.9)
 
 
+@pytest.mark.slow
 def test_the_second_actor_finds_the_penalised_optimum_and_the_hypergradient_with_it():
     """G's score function by quadrature-sized data; the bracket's error is O(sigma), 0.2 here, plus the walk's.
 
@@ -184,3 +186,12 @@ def test_the_halves_are_estimated_from_different_labels():
     updater._estimate(reward, session.preferences(), session)
     moves = [combine(found[half], session.policy.theta, -1.0) for half in (0, 1)]
     assert abs(cosine(*moves)) < 0.999
+
+
+@pytest.mark.parametrize("overrides", [[], ["updater.gate=off", "updater.clip=.inf"]], ids=["default", "raw"])
+def test_it_runs_end_to_end(overrides, tmp_path):
+    small = ["feedback.fresh_steps=200", "updater.walk.rollout_steps=100", "checkpoint_every=150"]
+    loop = tiny_loop(tmp_path / "run", "updater=penalty", *small, *overrides)
+    summary = finish(loop)
+    assert summary["complete"] and "penalty/fallbacks" in summary
+    assert all(p.isfinite().all() for p in loop.parts.reward.parameters())
