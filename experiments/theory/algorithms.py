@@ -195,7 +195,7 @@ def claim_v(quick: bool = False) -> Result:
                     f"{np.mean([row[name] for row in still if row['sigma'] == sigma]):.3f}"
                     for name in ("bias_of_sigma", "error_to_truth")
                 ),
-                "equal",
+                "equal up to the inner loop's error",
                 None,
             )
             for sigma in SIGMAS

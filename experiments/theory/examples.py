@@ -270,10 +270,10 @@ def claim_vi(quick: bool = False) -> Result:
         ]
     words = (
         "Three small bilevel problems with exact objectives; the numbers in them are ours, the paper gives none. "
-        "The designer puts the workbench half-way between the arm and the people, leans on both taxes where each "
-        "distorts least, and moves the maze's goal along the wall away from the wet cells. The objective is "
-        "always taken at the true best reply; the grid is refined once around its best point, and A-PARL may beat "
-        "it by what the grid is too coarse for."
+        "The designer puts the workbench half-way between the arm and the people, finds tax rates inside their "
+        "range, and moves the maze's goal along the wall away from the wet cells. The objective is always taken "
+        "at the true best reply; the grid is refined once around its best point, and A-PARL may beat it by what "
+        "the grid is too coarse for."
     )
 
     def draw(axes: Axes) -> None:
