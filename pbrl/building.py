@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stable_baselines3.common.utils import set_random_seed
 
 from pbrl.asking import AnswerJournal
-from pbrl.checkpoint import write_atomically
+from pbrl.checkpoint import CheckpointError, write_atomically
 from pbrl.configuration import ConfigError, check, check_arguments, check_resumed
 from pbrl.evaluation import OracleCurve
 from pbrl.loggers import JsonLines, Loggers, Sink
@@ -46,6 +46,10 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         cfg = check_resumed(stored, overrides)
         check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed={cfg.seed}; expected 0 to {2**32 - 1}")
+    if cfg.threads is not None and cfg.threads < 1:
+        raise ConfigError(f"threads={cfg.threads}; expected at least 1, or null for all cores")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     set_random_seed(cfg.seed)  # the global generators: no part here uses them, a user's own may
     parts_of = _Builder(cfg, choices, run_dir)
@@ -53,8 +57,12 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
     if resume is None:
         _refuse(lambda: _write_origin(run_dir, cfg, choices))
     else:
-        _refuse(lambda: _compare_versions(run_dir))
-        loop.load()
+        _compare_versions(run_dir)
+        try:
+            loop.load()
+        except CheckpointError:
+            loop.release()
+            raise
         _compare_configs(run_dir)
     print(
         f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {cfg.teacher._target_} · "
@@ -145,8 +153,8 @@ class _Builder:
             teacher=teacher,
             updater=updater,
             preferences=preferences,
-            loggers=self._loggers(),
             journal=_refuse(lambda: AnswerJournal(self.run_dir / "answers.jsonl")),
+            loggers=self._loggers(),
         )
         return Loop(
             parts=parts,
@@ -243,9 +251,11 @@ def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> No
 
 def _compare_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} is damaged: it holds no table of versions")
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{path} cannot be used ({error}): the versions this run began with are unknown")
+        return
     now = versions()
     changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:

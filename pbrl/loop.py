@@ -441,7 +441,11 @@ class Loop:
         """Write summary.json, close logs and simulators."""
         summary = self.summary(complete)
         write_atomically(self.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-        self.parts.loggers.close(summary)
+        self.release(summary)
+
+    def release(self, summary: dict[str, Any] | None = None) -> None:
+        """Close logs and simulators."""
+        self.parts.loggers.close(summary or {})
         self.agent.training_env.close()
         self.parts.eval_env.close()
 

@@ -53,7 +53,7 @@ class Process:
     def said(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
-    def wait_for(self, text: str, seconds: float = 120) -> bool:
+    def wait_for(self, text: str, seconds: float = 1800) -> bool:
         """Until the process has printed `text` (True) or ended (False)."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -73,7 +73,7 @@ class Process:
             self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 1800) -> int:
         """The exit code, when it ends."""
         end = time.monotonic() + seconds
         while (code := self.ended()) is None:
