@@ -41,13 +41,17 @@ def read_config(run_dir: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, d
             raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
         if name.rpartition(".")[2] == "_target_":
             _check_target(path, name, value, trust)
+    return _with_defaults(stored), choices
+
+
+def _with_defaults(stored: dict[str, Any]) -> DictConfig:
     default = OmegaConf.load(CONF / "train.yaml")
     assert isinstance(default, DictConfig)
     for key in ("defaults", "hydra"):
         default.pop(key)
     merged = OmegaConf.merge(default, OmegaConf.create(stored))
     assert isinstance(merged, DictConfig)
-    return merged, choices
+    return merged
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -98,7 +102,21 @@ def _within(name: Any, modules: Sequence[str]) -> bool:
 
 def changes(before: Path, after: Path) -> list[str]:
     """The values that differ between two stored configs, as `key: old → new`."""
-    old, new = (dict(_leaves("", _parse(path)[0])) for path in (before, after))
+    return _changes(_parse(before)[0], _parse(after)[0])
+
+
+def differences(path: Path, config: Any) -> list[str]:
+    """Where a stored config, completed with default values, differs from this one (resolved), as `key: old → new`.
+
+    Raises:
+        ConfigError: if the stored one is damaged.
+    """
+    old = OmegaConf.to_container(_with_defaults(_parse(path)[0]))
+    return _changes(old, OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(config)))))
+
+
+def _changes(before: Any, after: Any) -> list[str]:
+    old, new = dict(_leaves("", before)), dict(_leaves("", after))
     return [
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())

@@ -10,10 +10,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pbrl.checkpoint import CheckpointError
 from pbrl.configuration import ConfigError, first_error, register_resolvers
+from pbrl.sweep import launcher_error, run_in_sweep
 
 register_resolvers()
 
@@ -113,24 +114,35 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def hydra_main(cfg: DictConfig) -> None:
-    """Hydra's entry: one run, or one of a sweep."""
+def hydra_main(cfg: DictConfig) -> dict[str, Any] | None:
+    """Hydra's entry: one run, or one of a sweep, whose outcome is returned."""
     runtime = HydraConfig.get()
-    choices = {group: name for group, name in runtime.runtime.choices.items() if not group.startswith("hydra/")}
+    choices = {
+        group: name
+        for group, name in runtime.runtime.choices.items()
+        if not group.startswith("hydra/") and group != "launcher"
+    }
+    if runtime.mode == RunMode.MULTIRUN:
+        return run_in_sweep(cfg, choices, list(runtime.overrides.task), runtime)
+    from pbrl.checkpoint import CheckpointError  # torch: neither --help nor the workers of a sweep need it
+
     try:
         run(cfg, choices, list(runtime.overrides.task))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return None
 
 
 def main() -> None:
     """The command line. What Hydra would refuse in a page is refused in a line first."""
-    if not any(argument.startswith("-") for argument in sys.argv[1:]):  # flags are Hydra's own business
-        error = first_error(sys.argv[1:])
-        if error is not None:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2)
+    arguments = sys.argv[1:]
+    error = launcher_error(arguments)
+    if error is None and not any(argument.startswith("-") for argument in arguments):  # flags are Hydra's own business
+        error = first_error(arguments)
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2)
     hydra_main()
 
 

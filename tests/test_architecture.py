@@ -15,8 +15,8 @@ LAYERS = [
     {"queries", "updaters"},
     {"replay", "agent", "exploration", "fast_update"},
     {"asking", "checkpoint", "wire", "session", "evaluation", "loggers", "loop"},
-    {"configuration", "stored", "building", "train", "evaluate"},
-    {"compare", "comparison", "runs", "tables", "plots", "report", "sweep", "listing"},
+    {"configuration", "stored", "building", "train", "evaluate", "sweep", "listing"},
+    {"compare", "comparison", "runs", "tables", "plots", "report"},
 ]
 SIMULATORS = {"metaworld", "dm_control", "mujoco"}
 

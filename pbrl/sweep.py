@@ -1,0 +1,241 @@
+"""Many runs from one command: `python -m pbrl.train -m launcher=local updater=pebble,aparl seed=range(5)`.
+
+Hydra's launchers spread the runs over cores, a Ray cluster or Slurm. Here is what they leave open: a run's folder
+follows from its overrides, so that the same command skips what is finished and resumes what is not; each run is a
+process of its own, so that even a crash of one leaves the others alone; and a summary says which failed, and why.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pbrl.configuration import ConfigError, register_resolvers
+from pbrl.stored import differences
+
+register_resolvers()  # a launcher's worker imports this module and not pbrl.train
+
+PLUGINS = {  # launcher option: the plug-in behind it, and the extra that installs it
+    "local": ("hydra_joblib_launcher", "sweeps"),
+    "ray": ("hydra_ray_launcher", "ray"),
+    "slurm": ("hydra_submitit_launcher", "sweeps"),
+}
+IN_PATH = ("env", "updater")  # chosen options that name the folders above a run's own
+NOT_IN_NAME = (*IN_PATH, "launcher", "threads", "device", "trust")  # where and how a run is computed
+MAY_DIFFER = ("run_dir", "resume", "trust", "threads", "device", "logger")  # between two starts of one run
+NAME_LENGTH = 120  # characters; file systems allow 255 bytes
+LOCK_SECONDS = 60  # what is left of a killed sweep saves its runs and ends within this time
+
+
+def launcher_error(arguments: list[str]) -> str | None:
+    """One line if the command line asks for a launcher in vain, else None."""
+    for argument in arguments:
+        plugin, extra = PLUGINS.get(argument.removeprefix("launcher="), ("", ""))
+        if not plugin or not argument.startswith("launcher="):
+            continue
+        if not {"-m", "--multirun"} & set(arguments):
+            return f"{argument} is for sweeps; add -m, or leave it out"
+        if importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+            return f"{argument} needs {plugin.replace('_', '-')}: pip install -e '.[{extra}]'"
+    return None
+
+
+def run_folder(root: Path, choices: dict[str, str], overrides: list[str]) -> Path:
+    """root/<env>/<updater>/<the other overrides, sorted>: the same for the same run, whatever else is in its sweep."""
+    named = [o for o in overrides if o.lstrip("+~").split("=")[0] not in NOT_IN_NAME]
+    named.sort(key=lambda override: (not override.startswith("seed="), override))  # the seed stays where a name is cut
+    full = ",".join(named) or "default"
+    name = re.sub(r"[^\w.,=+~@\[\]-]", "_", full)[:NAME_LENGTH]
+    if name != full:
+        name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
+    return root.joinpath(*(choices.get(group, "custom") for group in IN_PATH), name)
+
+
+def run_in_sweep(cfg: DictConfig, choices: dict[str, str], overrides: list[str], hydra: Any) -> dict[str, Any]:
+    """Start, resume or skip one run of a sweep and wait for it; nothing that happens to it is raised.
+
+    Returns:
+        folder, status (finished, skipped, failed or stopped), and the reason of the latter two.
+    """
+    cwd = Path(hydra.runtime.cwd)
+    folder = run_folder(cwd / hydra.sweep.dir, choices, overrides)
+    try:
+        status, reason = _start_or_skip(cfg, choices, overrides, folder, cwd)
+    except (ConfigError, OSError, OmegaConfBaseException) as error:
+        status, reason = "failed", str(error)
+    shown = os.path.relpath(folder, cwd)
+    print(f"{status:8} {shown}" + (f": {reason}" if reason else ""), flush=True)
+    return {"folder": shown, "status": status, "reason": reason}
+
+
+def _start_or_skip(
+    cfg: DictConfig, choices: dict[str, str], overrides: list[str], folder: Path, cwd: Path
+) -> tuple[str, str]:
+    if cfg.run_dir is not None or cfg.resume is not None:
+        raise ConfigError("run_dir and resume name one run; those of a sweep lie in hydra.sweep.dir=… (default runs)")
+    exists = (folder / "config.yaml").exists()
+    if exists:
+        wanted = OmegaConf.to_container(cfg, resolve=True)
+        changed = [line for line in differences(folder / "config.yaml", wanted) if not _may_differ(line)]
+        if changed:
+            raise ConfigError(
+                f"holds a run of another config ({'; '.join(changed)}); name another hydra.sweep.dir or remove it"
+            )
+        if _is_complete(folder):
+            return "skipped", ""
+    print(f"{'resuming' if exists else 'starting':8} {os.path.relpath(folder, cwd)}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _run(pickle.dumps((cfg, choices, overrides, folder)), folder / "log.txt", cwd, cfg.threads)
+
+
+def _may_differ(change: str) -> bool:
+    return change.split(":")[0].split(".")[0] in MAY_DIFFER
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "summary.json").read_text())["complete"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _run(job: bytes, log: Path, cwd: Path, threads: int | None) -> tuple[str, str]:
+    """Run `python -m pbrl.sweep` on this job; its standard input stays open as long as we live."""
+    environment = dict(os.environ) | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with log.open("ab") as output:
+        start = output.tell()
+        command = [sys.executable, "-m", "pbrl.sweep"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=cwd, env=environment
+        )
+        with process:
+            assert process.stdin is not None
+            process.stdin.write(job)
+            process.stdin.flush()
+            code = process.wait()
+    if code == 0:
+        return "finished", ""
+    if code < 0:
+        return "failed", f"killed by {signal.Signals(-code).name} (is there enough memory?); see {log}"
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    if code == 130:
+        return "stopped", "and saved"
+    reasons = [line for line in lines if line.startswith("error")] or lines or [f"exit code {code}"]
+    return "failed", f"{reasons[-1].removeprefix('error: ')}; see {log}"
+
+
+class Summary(Callback):
+    """Hydra's callback: collects the outcome of each run, wherever it was computed, and prints them at the end.
+
+    It is pickled with the jobs, so `folder`, set before that, is known to all.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        hydra = config.hydra
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = Path(hydra.runtime.cwd) / hydra.sweep.dir / ".sweeps" / name
+        self.folder.mkdir(parents=True)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if self.folder is not None:
+            (self.folder / f"{config.hydra.job.num}.json").write_text(json.dumps(job_return.return_value))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        assert self.folder is not None
+        paths = sorted(self.folder.glob("*.json"), key=lambda path: int(path.stem))
+        outcomes = [json.loads(path.read_text()) for path in paths]
+        shutil.rmtree(self.folder)
+        counts = Counter(outcome["status"] for outcome in outcomes)
+        print(f"\n{len(outcomes)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+        unfinished = [outcome for outcome in outcomes if outcome["status"] in ("failed", "stopped")]
+        for outcome in unfinished:
+            print(f"  {outcome['status']} {outcome['folder']}: {outcome['reason']}")
+        if unfinished:
+            print("the same command again resumes these and skips the others")
+            raise SystemExit(1)
+
+
+def main() -> None:
+    """One run of a sweep: the job comes on standard input, whose end means that nobody waits for it any more."""
+    from pbrl.checkpoint import CheckpointError
+    from pbrl.train import run
+
+    cfg, choices, overrides, folder = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_stop_when_alone, daemon=True).start()
+    try:
+        with (folder / "lock").open("w") as lock:
+            _wait_for(lock)
+            if (folder / "config.yaml").exists():
+                cfg.resume, cfg.trust = str(folder), _modules(cfg)
+                overrides = [f"{key}={'null' if cfg[key] is None else cfg[key]}" for key in ("threads", "device")]
+            else:
+                cfg.run_dir = str(folder)
+            run(cfg, choices, overrides)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _stop_when_alone() -> None:
+    while os.read(0, 1024):
+        pass
+    print("the sweep has ended", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)  # stops after this step and saves
+
+
+def _wait_for(lock: Any) -> None:
+    """Take the lock, which is free again as soon as the process that holds it ends."""
+    for _ in range(LOCK_SECONDS):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(1)
+    raise ConfigError(f"another process is at work in {Path(lock.name).parent}")
+
+
+def _modules(cfg: DictConfig) -> list[str]:
+    """The modules that this config calls into: who typed it trusts them in the stored one, which equals it."""
+    found: list[str] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("_target_"), str):
+                found.append(node["_target_"].rpartition(".")[0])
+            for value in node.values():
+                visit(value)
+        elif isinstance(node, list):
+            for value in node:
+                visit(value)
+
+    visit(OmegaConf.to_container(cfg, resolve=True))
+    return sorted(set(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Sweeps: folders, what is skipped and resumed, launchers, kills, failures, missing plug-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pbrl.sweep import launcher_error, run_folder
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parent.parent
+BASE = [override for override in TINY if not override.startswith(("updater=", "threads="))]
+POPULATION = ["updater=pebble,oracle", "seed=0,1"]
+LAUNCHERS = {"local": "launcher=local", "ray": "launcher=ray", "submitit": "hydra/launcher=submitit_local"}
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "pbrl.train", "-m", *BASE, *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def sweep(cwd: Path, *arguments: str) -> tuple[int, str]:
+    process = start(cwd, *arguments)
+    shown, _ = process.communicate()
+    return process.returncode, shown
+
+
+def complete(folder: Path) -> bool:
+    path = folder / "summary.json"
+    return path.exists() and json.loads(path.read_text())["complete"]
+
+
+def runs(cwd: Path) -> list[Path]:
+    return sorted(path.parent for path in (cwd / "runs").rglob("config.yaml") if "checkpoints" not in path.parts)
+
+
+def test_a_folder_follows_from_the_overrides_in_any_order() -> None:
+    choices = {"env": "walker-walk", "updater": "surf"}
+    first = run_folder(Path("runs"), choices, ["env=walker-walk", "seed=3", "updater=surf", "feedback.budget=50"])
+    other = run_folder(Path("runs"), choices, ["feedback.budget=50", "threads=2", "launcher=ray", "seed=3"])
+    assert str(first) == "runs/walker-walk/surf/seed=3,feedback.budget=50"
+    assert other == first
+
+
+def test_long_and_strange_names_stay_distinct_and_legal() -> None:
+    choices = {"env": "pointmass", "updater": "pebble"}
+    names = [run_folder(Path("r"), choices, [f"a={'x' * 300}", f"seed={i}", "p=a/b"]).name for i in range(2)]
+    assert names[0] != names[1]
+    for name in [*names, run_folder(Path("r"), choices, ["p=../../etc"]).name]:
+        assert len(name) < 140
+        assert "/" not in name
+    assert run_folder(Path("r"), choices, ["p=a/b"]) != run_folder(Path("r"), choices, ["p=a b"])
+
+
+def test_a_launcher_without_a_sweep_or_without_its_plugin_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launcher_error(["env=pointmass", "seed=1"]) is None
+    assert "add -m" in str(launcher_error(["launcher=local"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = str(launcher_error(["-m", "launcher=local"]))
+    assert "pip install -e '.[sweeps]'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.slow
+def test_one_failed_run_does_not_stop_the_others_and_another_config_is_refused(tmp_path: Path) -> None:
+    code, shown = sweep(tmp_path, "updater=oracle", "segment_length=10,900")
+    assert code == 1
+    assert "2 runs: 1 finished, 1 failed" in shown
+    assert "longer than an episode of 50 steps" in shown
+    [done] = [folder for folder in runs(tmp_path) if complete(folder)]
+    stored = (done / "config.yaml").read_text()
+    (done / "config.yaml").write_text(stored.replace("total_steps: 600", "total_steps: 500"))
+    code, shown = sweep(tmp_path, "updater=oracle", "segment_length=10")
+    assert code == 1
+    assert "holds a run of another config (total_steps: 500 → 600)" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path: Path, launcher: str) -> None:
+    arguments = [LAUNCHERS[launcher], *POPULATION, *(["threads=1"] if launcher == "submitit" else [])]
+    process = start(tmp_path, *arguments)
+    deadline = time.monotonic() + 500
+    while not any(complete(folder) for folder in runs(tmp_path)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in runs(tmp_path) if complete(folder)}
+    code, shown = sweep(tmp_path, *arguments)
+    assert code == 0, shown
+    folders = runs(tmp_path)
+    assert len(folders) == 4
+    for folder in folders:
+        assert complete(folder)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        evaluated = [row["env_step"] for row in rows if "eval/return" in row]
+        assert evaluated == sorted(set(evaluated)), "an evaluation was done twice"
+        assert evaluated[-1] == rows[-1]["env_step"]
+    for folder, written in before.items():
+        assert (folder / "metrics.jsonl").stat().st_mtime_ns == written, "a finished run was touched"
+    assert f"{len(before)} skipped" in shown
