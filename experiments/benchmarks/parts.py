@@ -1,0 +1,117 @@
+"""What the loop does beside the update: pay, relabelling, the entropy bonus, reward training, the replay's size."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.update import Still, fill
+from pbrl.exploration import nearest_distances
+from pbrl.losses import bradley_terry_loss
+from pbrl.replay import RelabelReplay
+from pbrl.reward import RewardEnsemble, answer_loss
+from pbrl.types import Segments
+
+OBS, ACT, HORIZON, BATCH = 39, 4, 50, 128  # Meta-World's door; B-Pref's reward batch
+
+
+def straightforward(ensemble: RewardEnsemble, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """B-Pref's pay: inputs joined, every member called in turn on all rows, a numpy array each, then the mean."""
+    inputs = np.concatenate([obs, actions], axis=-1)
+    return np.array([member(torch.from_numpy(inputs)).detach().numpy() for member in ensemble.members]).mean(axis=0)
+
+
+def pay() -> list[dict[str, Any]]:
+    """Pay of one row and of ten thousand, for ensembles of several sizes, on one thread."""
+    rng, rows = np.random.default_rng(0), []
+    obs, actions = rng.random((10_240, OBS), np.float32), rng.random((10_240, ACT), np.float32)
+    for members in (1, 3, 7):
+        ensemble = RewardEnsemble(OBS, ACT, members)
+        for size in (1, len(obs)):
+            o, a = obs[:size], actions[:size]
+            np.testing.assert_allclose(
+                ensemble.predict(o, a).mean(axis=0), straightforward(ensemble, o, a)[:, 0], atol=1e-5
+            )
+            times = interleaved(
+                {
+                    "ours": lambda e=ensemble, o=o, a=a: e.predict(o, a).mean(axis=0),
+                    "straightforward": lambda e=ensemble, o=o, a=a: straightforward(e, o, a),
+                }
+            )
+            rows.append({"members": members, "rows": size, **_compared(times)})
+            rows[-1]["seconds_per_million"] = times["ours"]["cpu_ms"] / size * 1e3
+    return rows
+
+
+def reward_training() -> list[dict[str, Any]]:
+    """One member's gradient on 128 pairs, for all members: ours, and one big batched product over the ensemble."""
+    draw = torch.Generator().manual_seed(0)
+    first, second = (
+        Segments(torch.rand(BATCH, HORIZON, OBS, generator=draw), torch.rand(BATCH, HORIZON, ACT, generator=draw))
+        for _ in range(2)
+    )
+    labels = torch.randint(2, (BATCH,), generator=draw).float()
+    rows = []
+    for members in (1, 3, 7):
+        ensemble = RewardEnsemble(OBS, ACT, members)
+
+        def ours(e: RewardEnsemble = ensemble) -> None:
+            e.optimizer.zero_grad()
+            for m in range(len(e.members)):
+                answer_loss(e, m, first, second, labels)[0].backward()
+
+        def together(e: RewardEnsemble = ensemble) -> None:
+            e.optimizer.zero_grad()
+            left, right = e(first.obs, first.actions), e(second.obs, second.actions)
+            losses = [bradley_terry_loss(a, b, labels) for a, b in zip(left, right, strict=True)]
+            torch.stack(losses).sum().backward()
+
+        rows.append({"members": members, **_compared(interleaved({"ours": ours, "straightforward": together}))})
+    return rows
+
+
+def entropy() -> list[dict[str, Any]]:
+    """The k-nearest-neighbour bonus: ours against the published code's full matrix of differences."""
+    rows = []
+    for size, obs_dim, batch in ((10_000, 39, 512), (10_000, 24, 1024)):
+        draw = torch.Generator().manual_seed(0)
+        stored = torch.randn(size, obs_dim, generator=draw)
+        queries = stored[:batch]
+
+        def published(queries: torch.Tensor = queries, stored: torch.Tensor = stored) -> torch.Tensor:
+            parts = [torch.norm(queries[:, None] - chunk[None], dim=-1, p=2) for chunk in stored.split(500)]
+            return torch.kthvalue(torch.cat(parts, dim=1), k=6, dim=1).values
+
+        def ours(queries: torch.Tensor = queries, stored: torch.Tensor = stored) -> torch.Tensor:
+            return nearest_distances(queries, stored, 5)
+
+        difference = float((ours() - published()).abs().max())
+        times = interleaved({"ours": ours, "straightforward": published})
+        rows.append({"stored": size, "obs": obs_dim, "batch": batch, "difference": difference, **_compared(times)})
+    return rows
+
+
+def replay() -> list[dict[str, Any]]:
+    """Memory of the replay and the cost of a batch, by number of transitions."""
+    rows = []
+    env = Still(OBS, ACT)
+    for size in (10_000, 100_000, 1_000_000):
+        buffer = RelabelReplay(size, env.observation_space, env.action_space, device="cpu")
+        fill(buffer, np.random.default_rng(0))
+        rng = np.random.default_rng(1)
+        times = interleaved({"draw": lambda b=buffer, r=rng: b.draw(512, r)})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append(
+            {"transitions": size, "megabytes": buffer.rows.nbytes / 1e6, "process_peak_mb": peak, **times["draw"]}
+        )
+        del buffer
+    return rows
+
+
+def _compared(times: dict[str, dict[str, float]]) -> dict[str, float]:
+    ours, theirs = times["ours"], times["straightforward"]
+    return {**ours, "straightforward_cpu_ms": theirs["cpu_ms"], "ratio_cpu": theirs["cpu_ms"] / ours["cpu_ms"]}
