@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from experiments.faults.runs import fresh, resumed, start
+from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
 from pbrl.checkpoint import load_latest, non_finite
 
@@ -128,7 +129,7 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
                     process.wait_for(READY)
                 time.sleep(rng.uniform(0, 0.5))
                 if rng.random() < 0.4:  # the most delicate moments deserve more than their share
-                    _wait_for(lambda p=process, run=run: p.ended() is not None or _saving(run))
+                    _wait_for(partial(_saving_or_ended, run, process))
                 if process.ended() is not None:
                     break
                 process.kill()
@@ -152,6 +153,10 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
 def _saving(run: Path) -> bool:
     """Whether a checkpoint has been begun and not finished."""
     return any((run / "checkpoints").glob(".*.tmp"))
+
+
+def _saving_or_ended(run: Path, process: Process) -> bool:
+    return process.ended() is not None or _saving(run)
 
 
 def interrupts(lab: Laboratory, rng: np.random.Generator) -> None:
