@@ -34,9 +34,15 @@ SMALL = (
 )
 METHODS = {
     "pebble": ("updater=pebble",),
-    "surf": ("updater=surf", "updater.steps_per_label=0.5", "updater.unlabelled_per_label=4", "updater.crop=2"),
+    "surf": (
+        "updater=surf",
+        "updater.steps_per_label=0.5",
+        "updater.unlabelled_per_label=4",
+        "updater.unlabelled_ratio=1",
+        "updater.crop=2",
+    ),
     "mrn": ("updater=mrn", "updater.meta_every=50"),
-    "rime": ("updater=rime", "updater.warm_updates=200", "teacher=mistake"),
+    "rime": ("updater=rime", "updater.warm_updates=200", "reward.learning_rate=1e-3", "teacher=mistake"),
     "qpa": ("updater=pebble", "query=near-policy", "agent.hybrid_ratio=0.5", "agent.hybrid_steps=500"),
     "rune": ("updater=pebble", "agent.disagreement_bonus=0.05", "agent.disagreement_decay=1e-3"),
     "reed": ("updater=pebble", "reward=reed", "reward.hidden=[64,64]", "reward.embedding=64", "reward.max_updates=200"),
