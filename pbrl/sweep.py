@@ -191,6 +191,8 @@ def main() -> None:
     try:
         with (folder / "lock").open("w") as lock:
             _wait_for(lock)
+            if _is_complete(folder):  # by whoever held the lock
+                return
             if (folder / "config.yaml").exists():
                 cfg.resume, cfg.trust = str(folder), _modules(cfg)
                 overrides = [f"{key}={'null' if cfg[key] is None else cfg[key]}" for key in ("threads", "device")]

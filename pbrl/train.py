@@ -14,9 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pbrl.configuration import ConfigError, first_error, register_resolvers
+from pbrl.listing import register
 from pbrl.sweep import launcher_error, run_in_sweep
 
 register_resolvers()
+register()
 
 
 class Interrupts:

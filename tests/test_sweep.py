@@ -18,7 +18,6 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parent.parent
 BASE = [override for override in TINY if not override.startswith(("updater=", "threads="))]
 POPULATION = ["updater=pebble,oracle", "seed=0,1"]
-LAUNCHERS = {"local": "launcher=local", "ray": "launcher=ray", "submitit": "hydra/launcher=submitit_local"}
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -92,9 +91,9 @@ def test_one_failed_run_does_not_stop_the_others_and_another_config_is_refused(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path: Path, launcher: str) -> None:
-    arguments = [LAUNCHERS[launcher], *POPULATION, *(["threads=1"] if launcher == "submitit" else [])]
+    arguments = [f"launcher={launcher}", *POPULATION]
     process = start(tmp_path, *arguments)
     deadline = time.monotonic() + 500
     while not any(complete(folder) for folder in runs(tmp_path)):
@@ -117,3 +116,12 @@ def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path
     for folder, written in before.items():
         assert (folder / "metrics.jsonl").stat().st_mtime_ns == written, "a finished run was touched"
     assert f"{len(before)} skipped" in shown
+
+
+@pytest.mark.slow
+def test_submitit_runs_a_sweep_as_jobs(tmp_path: Path) -> None:
+    arguments = ["hydra/launcher=submitit_local", "threads=1", "updater=oracle", "seed=0,1"]
+    code, shown = sweep(tmp_path, *arguments)
+    assert code == 0, shown
+    assert "2 runs: 2 finished" in shown
+    assert len([folder for folder in runs(tmp_path) if complete(folder)]) == 2
