@@ -102,6 +102,10 @@ def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query:
             "query.score=disagreement needs reward.members of at least 2, or another query",
         ),
         (not asks and cfg.import_preferences is not None, "import_preferences: this updater learns from no answers"),
+        (
+            (cfg.eval.video or cfg.feedback.video) and not has_states,
+            "eval.video and feedback.video need an environment whose simulator state can be restored",
+        ),
         (branching and not has_states, "query.branch_share needs an environment whose simulator state can be restored"),
     ):
         if refused:
@@ -136,7 +140,7 @@ class _Builder:
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
         check_combination(cfg, env, agent, reward, query, updater)
-        capacity = min(feedback.memory_steps, cfg.total_steps)
+        capacity = feedback.memory_steps
         if cfg.checkpoint_every > min(capacity, agent.buffer_size) and cfg.total_steps > capacity:
             raise ConfigError(
                 f"checkpoint_every={cfg.checkpoint_every} is more than the {min(capacity, agent.buffer_size)} steps "

@@ -32,7 +32,7 @@ from pbrl.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from pbrl.evaluation import OracleCurve, evaluate, rank_correlation, reward_health
+from pbrl.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, pair_rows, rank_correlation, reward_health
 from pbrl.exploration import StateEntropy
 from pbrl.loggers import Loggers, plain
 from pbrl.preferences import Preferences
@@ -41,10 +41,12 @@ from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.session import AgentSession
 from pbrl.types import Answer, Query, RewardUpdater, Teacher
+from pbrl.videos import film_pairs, film_states
 from pbrl.wire import pack_query, unpack_query
 
 CHUNK = 100  # environment steps between two looks at the progress bar
 NEVER = 2**62  # an environment step that does not come, even if total_steps is raised later
+FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 
 
@@ -64,8 +66,9 @@ class Feedback:
         schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.
-        catch_up: do the gradient steps that were left out during fresh steps after the reward update.
+        catch_up: do the gradient steps that were left out during a session's environment steps after its update.
         memory_steps: recent environment steps kept for questions.
+        video: film the first five pairs of each session, with their answers.
     """
 
     budget: int = 1000
@@ -76,6 +79,7 @@ class Feedback:
     fresh_steps: int | None = None
     catch_up: bool = True
     memory_steps: int = 100_000
+    video: bool = False
 
     def __post_init__(self) -> None:
         for name in ("budget", "per_session", "every", "memory_steps"):
@@ -103,11 +107,15 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """True returns of the mean policy. every: environment steps; episodes: per evaluation; seed: of the first one."""
+    """True returns of the mean policy.
+
+    every: environment steps; episodes: per evaluation; seed: of the first one; video: film that one afterwards.
+    """
 
     every: int = 10_000
     episodes: int = 10
     seed: int = 1_000_000
+    video: bool = False
 
     def __post_init__(self) -> None:
         for name in ("every", "episodes"):
@@ -274,11 +282,14 @@ class Loop:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
         parts = self.parts
         metrics: dict[str, float] = {}
+        if self.pending is None:
+            self.session.fresh_from = self.session.fresh_to = parts.rollouts.total
         if self._left():  # imported answers may have used the budget up
             if self.pending is None:
                 self.pending = self._select()
             answer = self._ask(self.pending)
             metrics |= reward_health(parts.reward, self.pending, answer)
+            self._show_pairs(self.pending, answer)
             parts.preferences.add(self.pending, answer, self.sessions)
             self.session.new_pairs = int(answer.given.sum())
             self.pending = None
@@ -319,7 +330,6 @@ class Loop:
         parts, session = self.parts, self.session
         count = self.feedback.count(self.step, self.total_steps, parts.preferences.asked)
         horizon, margin = self.segment_length, getattr(parts.updater, "margin", 0)
-        session.fresh_from = session.fresh_to = parts.rollouts.total
         if parts.updater.pairs == "fresh":
             steps = self.feedback.fresh_steps
             session.collect_fresh(2 * count * horizon if steps is None else steps)
@@ -367,17 +377,42 @@ class Loop:
                 self.agent.reset_critic(self.critic_seed)
             self._choose_pay()
             self.agent.train(self.pretraining.updates, self.agent.batch_size)
-        owed = self.session.fresh_to - self.session.fresh_from
+        owed = self.parts.rollouts.total - self.session.fresh_from  # fresh steps, branches, the updater's rollouts
         if owed and self.feedback.catch_up:
             self.agent.train(owed, self.agent.batch_size)
 
     def _evaluate(self) -> None:
         following = self.step + self.evaluation.every
         self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
-        metrics = evaluate(self.agent, self.parts.eval_env, self.evaluation.episodes, self.evaluation.seed)
+        states: list[np.ndarray] | None = [] if self.evaluation.video else None
+        env = self.parts.eval_env
+        metrics = evaluate(self.agent, env, self.evaluation.episodes, self.evaluation.seed, states)
         if self.oracle is not None:
             metrics |= self.oracle.metrics(self.step, metrics["eval/return"])
         self._log(metrics)
+        if states is not None:
+            self._film("eval/video", lambda path: film_states(env, states, path))
+
+    def _show_pairs(self, query: Query, answer: Answer) -> None:
+        """A table of the pairs just answered, where a logger takes tables, and a video if one is wanted."""
+        loggers = self.parts.loggers
+        if loggers.takes_tables:
+            rows = pair_rows(self.parts.reward, query, answer, self.sessions + 1)
+            loggers.table("feedback/pairs", PAIR_COLUMNS, rows, self.step)
+        if self.feedback.video:
+            shown = slice(0, FILMED_PAIRS)
+            filmed = Answer(answer.prefers_first[shown], answer.given[shown])
+            self._film("feedback/video", lambda path: film_pairs(self.parts.eval_env, query[shown], filmed, path))
+
+    def _film(self, name: str, film: Callable[[Path], None]) -> None:
+        """Make a video and hand it to the loggers; a machine that cannot draw trains on without."""
+        path = self.run_dir / "videos" / f"{name.split('/')[0]}_{self.step:09d}.mp4"
+        try:
+            film(path)
+        except (RuntimeError, OSError) as error:
+            self.bar.write(f"no video at step {self.step}: {error}")
+        else:
+            self.parts.loggers.video(name, path, self.step)
 
     # ------------------------------------------------------------------------------------------------ numbers
 
