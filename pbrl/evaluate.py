@@ -18,9 +18,9 @@ from pbrl.configuration import ConfigError, check
 from pbrl.evaluation import act, episode, rank_correlation
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Query, Segments
+from pbrl.videos import video_writer
 
 FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
-FPS = 30
 
 
 def load_run(run_dir: str | Path) -> tuple[PreferenceSAC, Any]:
@@ -58,13 +58,11 @@ def record(agent: PreferenceSAC, env: Any, seed: int, path: Path, size: int = 25
     Raises:
         RuntimeError: if this machine cannot render (the message names what to install).
     """
-    import imageio.v2 as imageio
-
     obs, _ = env.reset(seed=seed)
     total, done = 0.0, False
-    with imageio.get_writer(path, fps=FPS, codec="libx264", pixelformat="yuv420p", macro_block_size=16) as video:
+    with video_writer(path) as video:
         while not done:
-            video.append_data(env.render(size, size))  # type: ignore[attr-defined]
+            video.append_data(env.render(size, size))
             obs, reward, terminated, truncated, _ = env.step(act(agent, obs))
             total += float(reward)
             done = terminated or truncated
@@ -130,7 +128,6 @@ def _report(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, options: arg
         print(f"  learned reward and true return of one episode's segments: rank correlation {correlation:.2f}")
     if options.video is not None:
         path = Path(options.video or options.run / "videos" / f"step_{agent.num_timesteps:09d}.mp4")
-        path.parent.mkdir(parents=True, exist_ok=True)
         total = record(agent, env, options.seed, path)
         print(f"  video         {path} (return {total:.1f})")
 

@@ -43,12 +43,16 @@ def episode(
     return total, success
 
 
-def evaluate(agent: PreferenceSAC, env: Any, episodes: int, seed: int) -> dict[str, float]:
+def evaluate(
+    agent: PreferenceSAC, env: Any, episodes: int, seed: int, states: list[np.ndarray] | None = None
+) -> dict[str, float]:
     """Mean return (task units per episode) and success share over episodes seeded seed, seed + 1, …
 
     `env` is an environment of its own: training is not disturbed, and every evaluation sees the same episodes.
+    `states`, if given, receives the simulator's state at each step of the first one.
     """
-    returns, successes = zip(*(episode(agent, env, seed + i) for i in range(episodes)), strict=True)
+    kept = [states] + [None] * (episodes - 1)
+    returns, successes = zip(*(episode(agent, env, seed + i, kept[i]) for i in range(episodes)), strict=True)
     metrics = {"eval/return": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
     if None not in successes:
         metrics["eval/success"] = float(np.mean(successes))
@@ -92,6 +96,25 @@ def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[
         "reward/holdout_accuracy": float(hits / decided) if decided else float("nan"),
         "reward/calibration_error": calibration_error(logits, labels),
     }
+
+
+PAIR_COLUMNS = ["session", "true return 1", "true return 2", "learned return 1", "learned return 2", "answer"]
+
+
+def pair_rows(reward: RewardEnsemble, query: Query, answer: Answer, session: int) -> list[list[Any]]:
+    """One row of PAIR_COLUMNS per pair, with the reward as it was when the pair was asked about.
+
+    Returns are sums over a segment; the answer is 1, 2, equal, skipped, or a soft label's weight of the first.
+    """
+    true = query.task_rewards.sum(dim=2).tolist()
+    learned = [reward.returns(segments).mean(dim=0).tolist() for segments in (query.first, query.second)]
+    words = {1.0: "1", 0.0: "2", 0.5: "equal"}
+    labels = answer.prefers_first.tolist()
+    answers = [
+        words.get(label, f"{label:g}") if given else "skipped"
+        for label, given in zip(labels, answer.given.tolist(), strict=True)
+    ]
+    return [[session, *true[i], learned[0][i], learned[1][i], answers[i]] for i in range(len(query))]
 
 
 def rank_correlation(reward: RewardEnsemble, query: Query) -> float:

@@ -1,6 +1,7 @@
 """Where numbers go: always a local metrics.jsonl, and as many more sinks as the user names.
 
-A sink has `log(row)`, `video(name, path, env_step)` and `close(summary)`; a row is a flat dict with `env_step`.
+A sink has `log(row)`, `table(name, columns, rows, env_step)`, `video(name, path, env_step)` and `close(summary)`; a row
+is a flat dict with `env_step`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Row = Mapping[str, float | int | str | None]
 
 class Sink(Protocol):
     def log(self, row: Row) -> None: ...
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], env_step: int) -> None: ...
     def video(self, name: str, path: Path, env_step: int) -> None: ...
     def close(self, summary: Row) -> None: ...
 
@@ -77,6 +79,10 @@ class TensorBoard:
             if isinstance(value, int | float) and key != "env_step":
                 self._writer.add_scalar(key, value, int(row["env_step"] or 0))
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], env_step: int) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        self._writer.add_text(name, "\n".join("|".join(map(str, line)) for line in lines), env_step)
+
     def video(self, name: str, path: Path, env_step: int) -> None:
         self._writer.add_text(name, str(path), env_step)
 
@@ -131,12 +137,17 @@ class WandB:
             "config": {**run_config, "choices": dict(choices)},  # as in config.yaml: pbrl.compare reads both
         }
         mode = self._mode(mode)
+        earlier = len(list((run_dir / "wandb").glob("offline-run-*")))
         try:
             self._run = self._start(options, mode, init_timeout)
         except wandb.errors.CommError:
             self._run = self._start(options, "offline", init_timeout)
         if self._run.offline:
             print(f"W&B is offline; the run is kept in {run_dir / 'wandb'} (upload it with `wandb sync`)")
+            if earlier:
+                print(
+                    f"  in a new offline folder of the same id, beside {earlier} from before it was resumed; sync all"
+                )
         self._run.define_metric("env_step")
         self._run.define_metric("*", step_metric="env_step")
 
@@ -155,6 +166,10 @@ class WandB:
 
     def log(self, row: Row) -> None:
         self._run.log({key: plain(value) for key, value in row.items() if value is not None})
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], env_step: int) -> None:
+        data = [[plain(value) for value in row] for row in rows]
+        self._run.log({name: self._wandb.Table(columns=list(columns), data=data), "env_step": env_step})
 
     def video(self, name: str, path: Path, env_step: int) -> None:
         self._run.log({name: self._wandb.Video(str(path), format="mp4"), "env_step": env_step})
@@ -186,6 +201,14 @@ class Loggers:
     def log(self, row: Row) -> None:
         self.local.log(row)
         self._each("log", row)
+
+    @property
+    def takes_tables(self) -> bool:
+        """The local log takes none: what a table would hold is in answers.jsonl and preferences.npz."""
+        return bool(self._remote)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], env_step: int) -> None:
+        self._each("table", name, columns, rows, env_step)
 
     def video(self, name: str, path: Path, env_step: int) -> None:
         self.local.video(name, path, env_step)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pbrl.building import build
 from pbrl.loggers import JsonLines, Loggers, plain
-from tests.conftest import finish, tiny_loop
+from pbrl.loop import Stopped
+from tests.conftest import config, finish, tiny_loop
 
 
 def test_rows_are_json_and_flushed_at_once(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_a_remote_sink_that_fails_is_dropped_and_said(tmp_path: Path, capsys: py
 @pytest.mark.slow
 def test_wandb_offline_keeps_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    finish(tiny_loop(run_dir, "logger=wandb"))
+    finish(tiny_loop(run_dir, "logger=wandb", "eval.video=true", "logger.artifacts=true"))
     assert "W&B is offline" in capsys.readouterr().out
     [folder] = (run_dir / "wandb").glob("offline-run-*")
     [record] = folder.glob("*.wandb")
@@ -52,6 +54,34 @@ def test_wandb_offline_keeps_the_whole_run(tmp_path: Path, capsys: pytest.Captur
     )
     assert "eval/return" in shown.stdout
     assert "env_step" in shown.stdout
+    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    assert [len(table["data"]) for table in tables] == [5, 5, 5]  # the pairs of each session
+    assert {row[-1] for table in tables for row in table["data"]} <= {"1", "2", "equal"}
+    assert "feedback/pairs" in shown.stdout
+    assert len(list(folder.rglob("*.mp4"))) == 4
+    assert (
+        "checkpoint-"
+        in subprocess.run(
+            ["wandb", "leet", "inspect", "--json", str(record)], capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+
+@pytest.mark.slow
+def test_wandb_offline_goes_on_in_a_new_folder_of_the_same_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    loop = tiny_loop(run_dir, "logger=wandb", "updater=oracle")
+    loop.stop = lambda: loop.step >= 300
+    with pytest.raises(Stopped):
+        finish(loop)
+    cfg, choices = config(f"resume={run_dir}")
+    finish(build(cfg, choices, [f"resume={run_dir}"]))
+    assert "a new offline folder of the same id, beside 1" in capsys.readouterr().out
+    folders = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
 
 
 @pytest.mark.slow
