@@ -1,0 +1,61 @@
+"""The state-entropy bonus against its plain definition; disagreement by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from torch import Tensor
+
+from pbrl.exploration import Disagreement, StateEntropy, nearest_distances
+from pbrl.replay import RelabelReplay
+
+
+def by_definition(queries: Tensor, stored: Tensor, k: int) -> Tensor:
+    """All differences written out in double precision, sorted."""
+    return (queries[:, None].double() - stored[None].double()).norm(dim=-1).sort(dim=1).values[:, k]
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize(("stored", "k"), [(6, 5), (300, 5), (9000, 1)])
+def test_distances_equal_the_definition(stored: int, k: int, offset: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    points = torch.randn(stored, 7, generator=draw) + offset
+    queries = torch.cat([points[:5], torch.randn(8, 7, generator=draw) + offset])
+    torch.testing.assert_close(
+        nearest_distances(queries, points, k).double(), by_definition(queries, points, k), rtol=1e-4, atol=1e-5
+    )
+
+
+def stocked(points: np.ndarray) -> RelabelReplay:
+    replay = RelabelReplay(100, Box(-9, 9, (2,), np.float32), Box(-1, 1, (1,), np.float32), device="cpu")
+    replay.observations[: len(points), 0] = points
+    replay.pos = len(points)
+    return replay
+
+
+def test_the_bonus_is_the_distance_in_running_standard_deviations() -> None:
+    points = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    bonus = StateEntropy(stocked(points), nearest=3)
+    stored, seen = torch.from_numpy(points), []
+    for start in (0, 20, 40):
+        batch = stored[start : start + 20]
+        seen.append(by_definition(batch, stored, 3))
+        expected = seen[-1] / torch.cat(seen).std(unbiased=False)
+        torch.testing.assert_close(bonus(batch).double(), expected, rtol=1e-4, atol=1e-5)
+    again = StateEntropy(stocked(points), nearest=3)
+    again.load_state(bonus.state())
+    assert again(stored[:9]).equal(bonus(stored[:9]))
+
+
+def test_there_is_no_bonus_before_there_are_neighbours() -> None:
+    points = np.zeros((5, 2), np.float32)
+    assert StateEntropy(stocked(points), nearest=5)(torch.ones(4, 2)).equal(torch.zeros(4))
+
+
+def test_disagreement_is_paid_less_and_less() -> None:
+    rewards = np.array([[0.0, 1.0], [2.0, 1.0]], np.float32)
+    np.testing.assert_allclose(Disagreement(0.5, 0.1)(rewards, 0), [1.5, 1.0])
+    np.testing.assert_allclose(Disagreement(0.5, 0.1)(rewards, 2), [1 + 0.5 * 0.81, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(Disagreement()(rewards, 0), [1.0, 1.0])
