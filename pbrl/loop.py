@@ -282,6 +282,7 @@ class Loop:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
         parts = self.parts
         metrics: dict[str, float] = {}
+        self._log_steps()  # a session's own steps may be many: the rings must hold them beside those before and after
         if self.pending is None:
             self.session.fresh_from = self.session.fresh_to = parts.rollouts.total
         if self._left():  # imported answers may have used the budget up
@@ -303,6 +304,7 @@ class Loop:
                 )
             self.agent.replay_buffer.relabel(self._pay)
         self._after_update()
+        self._log_steps()
         metrics |= self._feedback_metrics()
         following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
         self.due.feedback = following if self._left() else NEVER
@@ -517,6 +519,11 @@ class Loop:
         if len(parts.preferences):
             parts.preferences.save(self.run_dir / "preferences.npz")
 
+    def _log_steps(self) -> None:
+        """Write down the steps taken so far; a checkpoint will point at them."""
+        for log in self.step_logs:
+            log.append(self.parts.rollouts.total)
+
     def load(self) -> None:
         """Restore the newest usable checkpoint of `run_dir` (see pbrl.checkpoint).
 
@@ -525,7 +532,7 @@ class Loop:
         Raises:
             CheckpointError: if there are checkpoints and none can be used.
         """
-        if any((self.run_dir / "checkpoints").glob("*step_*")):
+        if any((self.run_dir / "checkpoints").glob("[sd]*")):  # step_… and damaged_…, not the .tmp of a killed save
             load_latest(self.run_dir, self.step_logs, self._restore)
         else:
             print(f"{self.run_dir} was stopped before its first checkpoint: from step 0 again, with the answers given")

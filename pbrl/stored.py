@@ -49,7 +49,10 @@ def _with_defaults(stored: dict[str, Any]) -> DictConfig:
     assert isinstance(default, DictConfig)
     for key in ("defaults", "hydra"):
         default.pop(key)
-    merged = OmegaConf.merge(default, OmegaConf.create(stored))
+    try:
+        merged = OmegaConf.merge(default, OmegaConf.create(stored))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a stored config does not fit the default one: {' '.join(str(error).split())}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -22,6 +22,7 @@ from pbrl.types import Answer, Query
 
 TINY = [
     "env=pointmass",
+    "updater=pebble",
     "threads=1",
     "device=cpu",
     "total_steps=600",
@@ -255,6 +256,32 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_answers(tmp_path: Pa
     assert not (tmp_path / "b" / "checkpoints").exists()
     finish(made(tmp_path / "b", resume=True))
     assert (tmp_path / "b" / "answers.jsonl").read_bytes().startswith(answers)
+    assert differences(reference, tmp_path / "b") == []
+
+
+def test_a_session_may_take_more_steps_than_fit_beside_those_since_the_last_checkpoint(tmp_path: Path) -> None:
+    # 120 fresh steps a session, and 190 between checkpoints, in rings of 200
+    more = ["updater.pairs=fresh", "checkpoint_every=190", "feedback.memory_steps=200", "agent.buffer_size=200"]
+    reference = finish(made(tmp_path / "a", *more))
+    loop = made(tmp_path / "b", *more)
+    loop.stop = lambda: loop.step >= 411
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    finish(made(tmp_path / "b", resume=True))
+    assert differences(reference, tmp_path / "b") == []
+
+
+def test_a_run_killed_inside_its_first_save_starts_again(tmp_path: Path) -> None:
+    reference = finish(made(tmp_path / "a", "total_steps=100"))
+    loop = made(tmp_path / "b", "total_steps=100")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pbrl.checkpoint, "_write_manifest", raising(pbrl.checkpoint._write_manifest, Crash()))
+        with pytest.raises(Crash):
+            loop.run()
+    loop.close(False)
+    assert [path.suffix for path in (tmp_path / "b" / "checkpoints").iterdir()] == [".tmp"]
+    finish(made(tmp_path / "b", resume=True))
     assert differences(reference, tmp_path / "b") == []
 
 

@@ -22,6 +22,7 @@ import pbrl.train
 
 SMALL = [
     "env=pointmass",
+    "updater=pebble",
     "threads=1",
     "device=cpu",
     "total_steps=700",
