@@ -231,14 +231,15 @@ class Loop:
         Raises:
             Stopped: if it was asked to stop, after saving. TeacherError: if the teacher failed, after saving.
         """
-        if self.step == 0 and hasattr(self.parts.updater, "start"):
+        if self.due.eval == 0 and hasattr(self.parts.updater, "start"):  # nothing has happened yet
             self.parts.updater.start(self.session)
         with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
             while True:
                 self._choose_pay()
-                if self.step >= self.due.eval:
+                resumed = self.pending is not None  # in the middle of a session: that one first
+                if self.step >= self.due.eval and not resumed:
                     self._evaluate()
-                if self.step >= self.total_steps:
+                if self.step >= self.total_steps and not resumed:
                     if self.due.log < self.step + self.log_every:  # else a finished run was resumed
                         self._log_training()
                     break
