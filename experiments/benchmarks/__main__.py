@@ -1,12 +1,15 @@
 """`python -m experiments.benchmarks [names…]`: prints each benchmark and stores experiments/results/benchmarks/*.json.
 
-Names: see BENCHMARKS; none: all. Ratios (`ratio_…`) are of interleaved medians in one run; `cpu` is processor time,
-which other processes disturb less than wall time; `crowded` is the share of samples taken while others used the cores.
+Names: see BENCHMARKS and SCRIPTS; none: all. Ratios (`ratio_…`) are of interleaved medians in one run; `cpu` is
+processor time, which other processes disturb less than wall time; `crowded` is the share of samples taken while others
+used the cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "replay": parts.replay,
     "end_to_end": end_to_end.run,
 }
+SCRIPTS = ("k_center", "reward_update", "checkpoint")  # with options of their own; run here with their defaults
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -35,15 +39,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="none: all")
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS, *SCRIPTS], help="none: all")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each variant")
     parser.add_argument("--seconds", type=float, default=0.2, help="processor time of one sample")
     options = parser.parse_args()
-    names = options.names or list(BENCHMARKS)
+    names = options.names or [*BENCHMARKS, *SCRIPTS]
     timing.rounds_and_seconds[:] = [options.rounds, options.seconds]
     torch.set_num_threads(1)
     print(machine())
     for name in names:
+        if name in SCRIPTS:
+            print(f"\n{name}", flush=True)
+            subprocess.run([sys.executable, "-m", f"experiments.benchmarks.{name}"], check=True)
+            continue
         rows = BENCHMARKS[name]()
         store(name, rows)
         print(f"\n{name}\n{table(rows)}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ def straightforward(ensemble: RewardEnsemble, obs: np.ndarray, actions: np.ndarr
     return np.array([member(torch.from_numpy(inputs)).detach().numpy() for member in ensemble.members]).mean(axis=0)
 
 
+def _predicted(ensemble: RewardEnsemble, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    return ensemble.predict(obs, actions).mean(axis=0)
+
+
 def pay() -> list[dict[str, Any]]:
     """Pay of one row and of ten thousand, for ensembles of several sizes, on one thread."""
     rng, rows = np.random.default_rng(0), []
@@ -38,8 +43,8 @@ def pay() -> list[dict[str, Any]]:
             )
             times = interleaved(
                 {
-                    "ours": lambda e=ensemble, o=o, a=a: e.predict(o, a).mean(axis=0),
-                    "straightforward": lambda e=ensemble, o=o, a=a: straightforward(e, o, a),
+                    "ours": partial(_predicted, ensemble, o, a),
+                    "straightforward": partial(straightforward, ensemble, o, a),
                 }
             )
             rows.append({"members": members, "rows": size, **_compared(times)})
@@ -103,7 +108,7 @@ def replay() -> list[dict[str, Any]]:
         buffer = RelabelReplay(size, env.observation_space, env.action_space, device="cpu")
         fill(buffer, np.random.default_rng(0))
         rng = np.random.default_rng(1)
-        times = interleaved({"draw": lambda b=buffer, r=rng: b.draw(512, r)})
+        times = interleaved({"draw": partial(buffer.draw, 512, rng)})
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append(
             {"transitions": size, "megabytes": buffer.rows.nbytes / 1e6, "process_peak_mb": peak, **times["draw"]}
