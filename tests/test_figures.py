@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_compare import write_run
+from tests.test_compare import write_run
 
 from experiments import figures
 
