@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -220,31 +221,50 @@ def train_epochs(
     return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}
 
 
-def train_on_answers(
-    reward: RewardEnsemble,
-    preferences: Preferences,
-    *,
-    batch_size: int,
-    max_epochs: int,
-    stop_accuracy: float,
-    rng: np.random.Generator,
-    rows: np.ndarray | None = None,
-    extra_gradient: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """PEBBLE's whole update: cross-entropy of every member on all answers, or those at `rows`, by `train_epochs`."""
-    first, second, labels = preferences.first, preferences.second, preferences.prefers_first
+@dataclass(frozen=True)
+class Fitting:
+    """PEBBLE's whole update: cross-entropy of every member on all answers, or some, by `train_epochs`.
 
-    def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = index if rows is None else rows[index]
-        return answer_loss(reward, member, first[chosen], second[chosen], labels[torch.from_numpy(chosen)])
+    Args:
+        epochs: passes over the answers at the most, ≥ 1.
+        batch_size: pairs per member and step, ≥ 1.
+        stop_accuracy: stop after the first epoch above it; above 1: never.
 
-    return train_epochs(
-        reward,
-        loss,
-        len(preferences) if rows is None else len(rows),
-        batch_size=batch_size,
-        max_epochs=max_epochs,
-        stop_accuracy=stop_accuracy,
-        rng=rng,
-        extra_gradient=extra_gradient,
-    )
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    epochs: int
+    batch_size: int
+    stop_accuracy: float
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"updater.{name}={getattr(self, name)}; expected at least 1")
+
+    def __call__(
+        self,
+        reward: RewardEnsemble,
+        preferences: Preferences,
+        rng: np.random.Generator,
+        rows: np.ndarray | None = None,
+        extra_gradient: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics."""
+        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
+
+        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            chosen = index if rows is None else rows[index]
+            return answer_loss(reward, member, first[chosen], second[chosen], labels[torch.from_numpy(chosen)])
+
+        return train_epochs(
+            reward,
+            loss,
+            len(preferences) if rows is None else len(rows),
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            stop_accuracy=self.stop_accuracy,
+            rng=rng,
+            extra_gradient=extra_gradient,
+        )

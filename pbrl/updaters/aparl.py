@@ -9,7 +9,6 @@ steps, its temperature is the weight of the entropy bonus.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from pbrl.bilevel.upper import (
     utility_scores,
 )
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.types import Session
 
 
@@ -71,7 +70,7 @@ class APARL:
     ) -> None:
         check_upper(upper)
         check_share(earlier_share)
-        self.epochs, self.batch_size, self.stop_accuracy = epochs, batch_size, stop_accuracy
+        self.fit = Fitting(epochs, batch_size, stop_accuracy)
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.implicit = Implicit() if implicit is None else implicit
         self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
@@ -80,21 +79,11 @@ class APARL:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
         rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
         off = self.implicit.estimator == "off"
-        fit = partial(
-            train_on_answers,
-            reward,
-            preferences,
-            batch_size=self.batch_size,
-            max_epochs=self.epochs,
-            stop_accuracy=self.stop_accuracy,
-            rng=session.rng,
-            rows=rows,
-        )
         metrics, found = self.safeguard.train(
             reward,
             None if off else self._estimate(reward, preferences, session),
             direct(self.utility, self.regulariser, reward, session.fresh(), self.implicit.horizon),
-            lambda extra: fit(extra_gradient=extra),
+            lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
         return metrics | {f"aparl/{name}": value for name, value in found.items()}
 

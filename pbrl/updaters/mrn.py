@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pbrl.bilevel.params import combine, gradient, leaves, linearize
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.types import Params, Session
 
 Values = Callable[[Params], Tensor]  # critic parameters -> both critics' values, [2, B]
@@ -90,20 +90,13 @@ class Mrn:
         ):
             if not ok:
                 raise ValueError(f"updater.{name}={locals()[name]} is out of range")
-        self.epochs, self.batch_size, self.stop_accuracy, self.pairs = epochs, batch_size, stop_accuracy, pairs
+        self.fit, self.pairs = Fitting(epochs, batch_size, stop_accuracy), pairs
         self.between_every, self.meta_batch_size, self.meta_pairs = meta_every, meta_batch_size, meta_pairs
         self.critic_learning_rate, self.outer_weight = critic_learning_rate, outer_weight
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member on all answers; returns `train_epochs`' metrics."""
-        return train_on_answers(
-            reward,
-            preferences,
-            batch_size=self.batch_size,
-            max_epochs=self.epochs,
-            stop_accuracy=self.stop_accuracy,
-            rng=session.rng,
-        )
+        return self.fit(reward, preferences, session.rng)
 
     def between(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """One Adam step of the reward on the outer loss; returns mrn/outer_loss, before the step."""

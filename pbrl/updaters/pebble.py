@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.types import Session
 
 
@@ -22,15 +22,8 @@ class Pebble:
     ) -> None:
         if pairs not in ("buffer", "fresh"):
             raise ValueError(f"updater.pairs={pairs}; expected buffer or fresh")
-        self.epochs, self.batch_size, self.stop_accuracy, self.pairs = epochs, batch_size, stop_accuracy, pairs
+        self.fit, self.pairs = Fitting(epochs, batch_size, stop_accuracy), pairs
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member on all answers; returns `train_epochs`' metrics."""
-        return train_on_answers(
-            reward,
-            preferences,
-            batch_size=self.batch_size,
-            max_epochs=self.epochs,
-            stop_accuracy=self.stop_accuracy,
-            rng=session.rng,
-        )
+        return self.fit(reward, preferences, session.rng)

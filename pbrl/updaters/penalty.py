@@ -8,7 +8,6 @@ actor is theta, its critic gives the actor gradient of V (Algorithm 2's part), i
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from pbrl.bilevel.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
@@ -18,7 +17,7 @@ from pbrl.bilevel.second_actor import Walk, bracket, climb, copied, divergence_f
 from pbrl.bilevel.second_term import Estimate, Safeguard, WeightedRows
 from pbrl.bilevel.upper import Regulariser, ScoreRows, Utility, check_upper, direct, pair_scores, utility_scores
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, train_on_answers
+from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.types import Params, Session
 
 REFERENCES = ("none", "initial", "pretrained")
@@ -73,7 +72,7 @@ class Penalty:
                 f"updater.sigma={sigma}, sigma_decay={sigma_decay}, reference_weight={reference_weight}; "
                 "expected ≥ 0, in (0, 1] and ≥ 0"
             )
-        self.epochs, self.batch_size, self.stop_accuracy = epochs, batch_size, stop_accuracy
+        self.fit = Fitting(epochs, batch_size, stop_accuracy)
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.first_sigma, self.sigma_decay = sigma, sigma_decay
         self.walk = Walk() if walk is None else walk
@@ -93,25 +92,15 @@ class Penalty:
             self.reference_policy = copied(session.policy.parameters())
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
-        """Train every member; returns `train_on_answers`' metrics and what became of Term 2 (`penalty/…`)."""
+        """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`penalty/…`)."""
         if self.reference == "pretrained" and self.reference_policy is None:
             self.reference_policy = copied(session.policy.parameters())
         rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
-        fit = partial(
-            train_on_answers,
-            reward,
-            preferences,
-            batch_size=self.batch_size,
-            max_epochs=self.epochs,
-            stop_accuracy=self.stop_accuracy,
-            rng=session.rng,
-            rows=rows,
-        )
         metrics, found = self.safeguard.train(
             reward,
             self._estimate(reward, preferences, session) if self.first_sigma else None,
             direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.horizon),
-            lambda extra: fit(extra_gradient=extra),
+            lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
         self.sessions += 1
         return metrics | {f"penalty/{name}": value for name, value in found.items()}
