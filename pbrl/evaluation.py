@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,23 @@ def evaluate(
 
 
 class OracleCurve:
-    """The oracle's true return against environment steps, from a CSV with columns env_step, return[, success]."""
+    """The oracle's true return against environment steps.
+
+    Args:
+        path: a CSV with columns env_step, return[, success], or the folder of a run with updater=oracle.
+
+    Raises:
+        ValueError: if there are no numbers in it. OSError: if it is not there.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
         try:
-            self.steps = np.array([float(row["env_step"]) for row in rows])
-            self.returns = np.array([float(row["return"]) for row in rows])
+            rows = _evaluations(path) if path.is_dir() else _table(path)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: expected columns env_step and return with numbers ({error})") from error
         if len(rows) == 0:
-            raise ValueError(f"{path}: no rows")
+            raise ValueError(f"{path}: no evaluations in it")
+        self.steps, self.returns = np.array(rows, dtype=float).T
 
     def metrics(self, step: int, mean_return: float) -> dict[str, float]:
         """The oracle's return at this step (interpolated) and the run's return as a share of the oracle's last."""
@@ -80,6 +86,16 @@ class OracleCurve:
             "eval/oracle_return": float(np.interp(step, self.steps, self.returns)),
             "eval/normalized_return": mean_return / final if final else float("nan"),
         }
+
+
+def _table(path: Path) -> list[tuple[float, float]]:
+    with path.open(newline="") as file:
+        return [(float(row["env_step"]), float(row["return"])) for row in csv.DictReader(file)]
+
+
+def _evaluations(run: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["env_step"], row["eval/return"]) for row in rows if "eval/return" in row]
 
 
 def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[str, float]:

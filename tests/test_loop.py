@@ -161,6 +161,14 @@ def test_normalised_returns_are_absent_without_an_oracle_and_right_with_one(tiny
     assert last["eval/normalized_return"] == pytest.approx(last["eval/return"] / 50)
 
 
+def test_the_oracle_may_be_a_run(tiny_run: Path) -> None:
+    curve = OracleCurve(tiny_run)
+    evaluations = [row for row in rows(tiny_run) if "eval/return" in row]
+    assert curve.steps.tolist() == [row["env_step"] for row in evaluations]
+    last = evaluations[-1]
+    assert curve.metrics(600, last["eval/return"])["eval/oracle_return"] == last["eval/return"]
+
+
 def test_a_broken_oracle_curve_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("step,return\n1,2\n")
     with pytest.raises(ValueError, match=r"bad\.csv: expected columns env_step and return"):
