@@ -34,7 +34,7 @@ from teachers.recorded import RecordedTeacher
 from tests.conftest import config, tiny_loop
 
 ROOT = Path(__file__).parents[1]
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Payload:

@@ -166,9 +166,9 @@ def test_a_run_interrupted_again_and_again_equals_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pbrl.checkpoint, "FILE_ROWS", 128)  # several step files, and old ones to drop
-    more = ["teacher=mistake", "teacher.mistake=0.3"]
+    more = ["teacher=mistake", "teacher.mistake=0.3", "total_steps=480"]
     reference = finish(made(tmp_path / "a", *more))
-    assert interrupted(tmp_path / "b", np.random.default_rng(0), 10, *more) == 10  # 20 of them: below
+    assert interrupted(tmp_path / "b", np.random.default_rng(0), len(WAYS), *more) == len(WAYS)  # 20 times: below
     assert differences(reference, tmp_path / "b") == []
 
 
@@ -262,6 +262,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_answers(tmp_path: Pa
 def test_a_session_may_take_more_steps_than_fit_beside_those_since_the_last_checkpoint(tmp_path: Path) -> None:
     # 120 fresh steps a session, and 190 between checkpoints, in rings of 200
     more = ["updater.pairs=fresh", "checkpoint_every=190", "feedback.memory_steps=200", "agent.buffer_size=200"]
+    more.append("total_steps=500")
     reference = finish(made(tmp_path / "a", *more))
     loop = made(tmp_path / "b", *more)
     loop.stop = lambda: loop.step >= 411
