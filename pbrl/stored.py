@@ -68,8 +68,9 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(choices, dict) or not all(isinstance(name, str | None) for name in choices.values()):
         raise ConfigError(f"{path} is damaged: choices is not a table of names")
     for group in GROUPS:
-        if not isinstance(stored.get(group), dict):
-            raise ConfigError(f"{path} is damaged: it has no table {group}")
+        node = stored.get(group)
+        if not isinstance(node, dict) or (group != "logger" and not isinstance(node.get("_target_"), str)):
+            raise ConfigError(f"{path} is damaged: it has no table {group} with a _target_")
     return stored, {str(group): str(name) for group, name in choices.items()}
 
 

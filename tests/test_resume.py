@@ -174,7 +174,7 @@ def test_a_run_interrupted_again_and_again_equals_the_uninterrupted_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("updater", [*(set(options("updater")) - {"oracle"}), "fresh"])
+@pytest.mark.parametrize("updater", [*sorted(set(options("updater")) - {"oracle"}), "fresh"])
 def test_every_updater_resumes_exactly(tmp_path: Path, updater: str, seed: int) -> None:
     name = "pebble" if updater == "fresh" else updater
     more = [f"updater={name}", f"seed={seed}", "teacher=noisy", "query=k-center-entropy", *MORE.get(updater, [])]
