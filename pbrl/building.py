@@ -24,9 +24,10 @@ from pbrl.checkpoint import CheckpointError, write_atomically
 from pbrl.configuration import ConfigError, check, check_arguments, check_resumed
 from pbrl.evaluation import OracleCurve
 from pbrl.loggers import JsonLines, Loggers, Sink
-from pbrl.loop import Evaluation, Feedback, Loop, Parts, Pretraining
+from pbrl.loop import Loop, Parts
 from pbrl.preferences import Preferences
 from pbrl.rollouts import Rollouts
+from pbrl.schedule import Evaluation, Feedback, Pretraining
 from pbrl.stored import changes, read_config
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
@@ -125,7 +126,7 @@ class _Builder:
         return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed))
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
-        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.loop.{kind.__name__}"}, self.cfg[name]))
+        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.schedule.{kind.__name__}"}, self.cfg[name]))
         values = OmegaConf.to_container(self.cfg[name], resolve=True)
         return _refuse(lambda: kind(**values))  # type: ignore[arg-type]
 

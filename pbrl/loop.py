@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,18 +21,10 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
+from pbrl import run_state
 from pbrl.agent import PreferenceSAC
 from pbrl.asking import AnswerJournal, TeacherError, ask
-from pbrl.checkpoint import (
-    Loaded,
-    StepLog,
-    global_generators,
-    load_latest,
-    non_finite,
-    restore_global_generators,
-    save_checkpoint,
-    write_atomically,
-)
+from pbrl.checkpoint import StepLog, load_latest, non_finite, write_atomically
 from pbrl.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, pair_rows, rank_correlation, reward_health
 from pbrl.exploration import StateEntropy
 from pbrl.loggers import Loggers, plain
@@ -39,109 +32,18 @@ from pbrl.preferences import Preferences
 from pbrl.queries import Choose, QueryRule, Uniform
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
+from pbrl.schedule import NEVER, Due, Evaluation, Feedback, Pretraining
 from pbrl.session import AgentSession
 from pbrl.types import Answer, Query, RewardUpdater, Teacher
 from pbrl.videos import film_pairs, film_states
-from pbrl.wire import pack_query, unpack_query
 
 CHUNK = 100  # environment steps between two looks at the progress bar
-NEVER = 2**62  # an environment step that does not come, even if total_steps is raised later
 FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 
 
 class Stopped(Exception):
     """The run was asked to stop and has been saved; resuming continues it."""
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """When and how much the teacher is asked.
-
-    Args:
-        budget: pairs put to the teacher in all, skipped ones included.
-        per_session: pairs per session, before the schedule changes it.
-        every: environment steps between sessions.
-        start: environment step of the first session; null: when pretraining ends.
-        schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
-        fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
-            as the session's segments have.
-        catch_up: do the gradient steps that were left out during a session's environment steps after its update.
-        memory_steps: recent environment steps kept for questions.
-        video: film the first five pairs of each session, with their answers.
-    """
-
-    budget: int = 1000
-    per_session: int = 10
-    every: int = 5000
-    start: int | None = None
-    schedule: str = "constant"
-    fresh_steps: int | None = None
-    catch_up: bool = True
-    memory_steps: int = 100_000
-    video: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "per_session", "every", "memory_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"feedback.{name}={getattr(self, name)}; expected at least 1")
-        if self.budget < self.per_session:
-            raise ValueError(
-                f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
-                "raise the one or lower the other"
-            )
-        if self.schedule not in ("constant", "decay", "increase"):
-            raise ValueError(f"feedback.schedule={self.schedule}; expected constant, decay or increase")
-        if self.fresh_steps is not None and self.fresh_steps < 0:
-            raise ValueError(f"feedback.fresh_steps={self.fresh_steps}; expected at least 0, or null")
-
-    def count(self, step: int, total_steps: int, asked: int) -> int:
-        """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""
-        share = {
-            "constant": 1.0,
-            "decay": (total_steps - step) / total_steps,
-            "increase": total_steps / (total_steps - step + 1),
-        }[self.schedule]
-        return min(max(int(self.per_session * share), 1), self.budget - asked)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """True returns of the mean policy.
-
-    every: environment steps; episodes: per evaluation; seed: of the first one; video: film that one afterwards.
-    """
-
-    every: int = 10_000
-    episodes: int = 10
-    seed: int = 1_000_000
-    video: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("every", "episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name}={getattr(self, name)}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """State-entropy pretraining after the random steps (PEBBLE §4.1).
-
-    Args:
-        steps: environment steps; 0: none. nearest: k of the k-nearest-neighbour bonus.
-        reset_critic: new critics when it ends. updates: gradient steps at once on the first learned reward.
-        bounded: see `StateEntropy`.
-    """
-
-    steps: int = 9000
-    nearest: int = 5
-    reset_critic: bool = True
-    updates: int = 100
-    bounded: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.nearest < 1 or self.updates < 0:
-            raise ValueError(f"{self}: expected steps ≥ 0, nearest ≥ 1, updates ≥ 0")
 
 
 @dataclass
@@ -158,17 +60,6 @@ class Parts:
     preferences: Preferences
     loggers: Loggers
     journal: AnswerJournal
-
-
-@dataclass
-class Due:
-    """The next environment step at which each thing happens."""
-
-    feedback: int
-    checkpoint: int
-    log: int
-    between: int = NEVER
-    eval: int = 0
 
 
 @dataclass
@@ -491,34 +382,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint from which `load` continues bit for bit."""
-        parts, agent = self.parts, self.agent
-        replay = agent.replay_buffer
-        run = {
-            "step": self.step,
-            "due": vars(self.due),
-            "sessions": self.sessions,
-            "pretrained": self.pretrained,
-            "last": self.last,
-            "rollouts": parts.rollouts.state(),
-            "entropy": self.entropy.state(),
-            "fresh": [self.session.fresh_from, self.session.fresh_to],
-            "rngs": [rng.bit_generator.state for rng in self._rngs()],
-            "teacher": parts.teacher.state_dict() if hasattr(parts.teacher, "state_dict") else None,
-            "journal": parts.journal.position,
-            "metrics_bytes": parts.loggers.local.sync(),
-            "seconds": self.seconds_before + time.monotonic() - self.started,
-            "replay": [replay.pos, replay.full],
-        }
-        state = {"agent": agent.state(), "reward": parts.reward.state(), "generators": global_generators()}
-        if hasattr(parts.updater, "state_dict"):
-            state["updater"] = parts.updater.state_dict()
-        arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
-        arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
-        arrays |= {f"pending/{key}": value for key, value in pack_query(self.pending).items()}
-        total = parts.rollouts.total
-        save_checkpoint(self.run_dir, self.step, run, state, arrays, [(log, total) for log in self.step_logs])
-        if len(parts.preferences):
-            parts.preferences.save(self.run_dir / "preferences.npz")
+        run_state.save(self)
 
     def _log_steps(self) -> None:
         """Write down the steps taken so far; a checkpoint will point at them."""
@@ -534,44 +398,15 @@ class Loop:
             CheckpointError: if there are checkpoints and none can be used.
         """
         if any((self.run_dir / "checkpoints").glob("[sd]*")):  # step_… and damaged_…, not the .tmp of a killed save
-            load_latest(self.run_dir, self.step_logs, self._restore)
+            load_latest(self.run_dir, self.step_logs, partial(run_state.restore, self))
         else:
             print(f"{self.run_dir} was stopped before its first checkpoint: from step 0 again, with the answers given")
             self.parts.loggers.local.truncate(0)
         self.started = time.monotonic()
 
-    def _restore(self, loaded: Loaded) -> None:
-        parts, agent = self.parts, self.agent
-        run, replay = loaded.run, agent.replay_buffer
-        parts.rollouts.load_state(run["rollouts"])
-        if not agent.load_state(loaded.state["agent"]):
-            parts.rollouts.interrupt()
-            print("this simulator cannot restore its state: its episode starts anew")
-        replay.pos, replay.full = run["replay"]
-        replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
-        parts.reward.load_state(loaded.state["reward"])
-        if hasattr(parts.updater, "load_state_dict"):
-            parts.updater.load_state_dict(loaded.state["updater"])
-        parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
-        self.pending = unpack_query(_part(loaded.arrays, "pending/"))
-        self.due, self.sessions, self.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
-        self.last, self.seconds_before = run["last"], run["seconds"]
-        self.entropy.load_state(run["entropy"])
-        self.session.fresh_from, self.session.fresh_to = run["fresh"]
-        for rng, rng_state in zip(self._rngs(), run["rngs"], strict=True):
-            rng.bit_generator.state = rng_state
-        if run["teacher"] is not None and hasattr(parts.teacher, "load_state_dict"):
-            parts.teacher.load_state_dict(run["teacher"])
-        restore_global_generators(loaded.state["generators"])
-        parts.journal.position = run["journal"]
-        parts.loggers.local.truncate(run["metrics_bytes"])
-
-    def _rngs(self) -> list[np.random.Generator]:
+    def rngs(self) -> list[np.random.Generator]:
+        """The loop's own generators, in a fixed order."""
         return [self.query_rng, self.session.rng, self.health_rng]
-
-
-def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ LAYERS = [
     {"reward", "rollouts", "preferences", "reed"},
     {"queries", "updaters"},
     {"replay", "agent", "exploration", "fast_update"},
-    {"asking", "checkpoint", "wire", "session", "evaluation", "loggers", "videos", "loop"},
+    {"asking", "checkpoint", "wire", "schedule", "run_state", "session", "evaluation", "loggers", "videos", "loop"},
     {"configuration", "stored", "building", "train", "evaluate", "sweep", "listing"},
     {"compare", "comparison", "runs", "tables", "plots", "report"},
 ]

@@ -1,0 +1,108 @@
+"""What happens when, in environment steps: questions, evaluations, pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NEVER = 2**62  # an environment step that does not come, even if total_steps is raised later
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """When and how much the teacher is asked.
+
+    Args:
+        budget: pairs put to the teacher in all, skipped ones included.
+        per_session: pairs per session, before the schedule changes it.
+        every: environment steps between sessions.
+        start: environment step of the first session; null: when pretraining ends.
+        schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
+        fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
+            as the session's segments have.
+        catch_up: do the gradient steps that were left out during a session's environment steps after its update.
+        memory_steps: recent environment steps kept for questions.
+        video: film the first five pairs of each session, with their answers.
+    """
+
+    budget: int = 1000
+    per_session: int = 10
+    every: int = 5000
+    start: int | None = None
+    schedule: str = "constant"
+    fresh_steps: int | None = None
+    catch_up: bool = True
+    memory_steps: int = 100_000
+    video: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "per_session", "every", "memory_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"feedback.{name}={getattr(self, name)}; expected at least 1")
+        if self.budget < self.per_session:
+            raise ValueError(
+                f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
+                "raise the one or lower the other"
+            )
+        if self.schedule not in ("constant", "decay", "increase"):
+            raise ValueError(f"feedback.schedule={self.schedule}; expected constant, decay or increase")
+        if self.fresh_steps is not None and self.fresh_steps < 0:
+            raise ValueError(f"feedback.fresh_steps={self.fresh_steps}; expected at least 0, or null")
+
+    def count(self, step: int, total_steps: int, asked: int) -> int:
+        """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""
+        share = {
+            "constant": 1.0,
+            "decay": (total_steps - step) / total_steps,
+            "increase": total_steps / (total_steps - step + 1),
+        }[self.schedule]
+        return min(max(int(self.per_session * share), 1), self.budget - asked)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """True returns of the mean policy.
+
+    every: environment steps; episodes: per evaluation; seed: of the first one; video: film that one afterwards.
+    """
+
+    every: int = 10_000
+    episodes: int = 10
+    seed: int = 1_000_000
+    video: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name}={getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """State-entropy pretraining after the random steps (PEBBLE §4.1).
+
+    Args:
+        steps: environment steps; 0: none. nearest: k of the k-nearest-neighbour bonus.
+        reset_critic: new critics when it ends. updates: gradient steps at once on the first learned reward.
+        bounded: see `StateEntropy`.
+    """
+
+    steps: int = 9000
+    nearest: int = 5
+    reset_critic: bool = True
+    updates: int = 100
+    bounded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.nearest < 1 or self.updates < 0:
+            raise ValueError(f"{self}: expected steps ≥ 0, nearest ≥ 1, updates ≥ 0")
+
+
+@dataclass
+class Due:
+    """The next environment step at which each thing happens."""
+
+    feedback: int
+    checkpoint: int
+    log: int
+    between: int = NEVER
+    eval: int = 0
