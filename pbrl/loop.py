@@ -220,18 +220,23 @@ class Loop:
         return max(self.feedback.budget - self.parts.preferences.asked, 0)
 
     def _select(self) -> Query:
-        """This session's questions; updaters that want fresh pairs get the present policy rolled out first."""
+        """This session's questions; updaters that want fresh pairs get the present policy rolled out first.
+
+        The first session asks about everything seen so far: before any reward there is no policy to be fresh about,
+        and what pretraining has visited covers more.
+        """
         parts, session = self.parts, self.session
         count = self.feedback.count(self.step, self.total_steps, parts.preferences.asked)
         horizon, margin = self.segment_length, getattr(parts.updater, "margin", 0)
-        if parts.updater.pairs == "fresh":
+        fresh = parts.updater.pairs == "fresh" and self.sessions > 0
+        if fresh:
             steps = self.feedback.fresh_steps
             session.collect_fresh(2 * count * horizon if steps is None else steps)
         rule: QueryRule = parts.query if self.sessions else Uniform()  # first session: the reward knows nothing yet
         branched = round(getattr(parts.query, "branch_share", 0.0) * count)
         questions = []
         if count > branched:
-            since = max(self._recent(parts.query), session.fresh_from if parts.updater.pairs == "fresh" else 0)
+            since = max(self._recent(parts.query), session.fresh_from if fresh else 0)
             candidates = parts.rollouts.query((count - branched) * rule.pool, horizon, self.query_rng, since, margin)
             choose: Choose = rule  # type: ignore[assignment]
             chosen = choose(candidates, count - branched, parts.reward, parts.preferences, self.query_rng)

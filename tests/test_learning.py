@@ -34,6 +34,8 @@ SMALL = (
 )
 METHODS = {
     "pebble": ("updater=pebble",),
+    "aparl": ("updater=aparl", "feedback.fresh_steps=100"),
+    "penalty": ("updater=penalty", "feedback.fresh_steps=100", "updater.walk.rollout_steps=50"),
     "surf": (
         "updater=surf",
         "updater.steps_per_label=0.5",

@@ -66,7 +66,7 @@ def test_fresh_pairs_are_collected_without_learning_and_their_updates_made_up_fo
 
     loop.session.collect_fresh = spy  # type: ignore[method-assign]
     finish(loop)
-    assert updates == [(40, 0)] * 3
+    assert updates == [(40, 0)] * 2, "the first session asks about what pretraining has seen"
     assert loop.step == loop.total_steps, "fresh steps are environment steps"
     assert (
         loop.agent._n_updates == loop.total_steps - 100 + 5

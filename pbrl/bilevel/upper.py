@@ -125,9 +125,9 @@ def direct(
 ) -> Callable[[], None] | None:
     """Subtracts the phi-gradients of E[U_phi(τ)] and Z(phi) from the loss's, every member as though it were alone.
 
-    The expectation is over the episodes, cut to `horizon` steps. None if neither is given.
+    The expectation is over the episodes, cut to `horizon` steps. None if neither is given, or without episodes.
     """
-    if utility is None and regulariser is None:
+    if (utility is None and regulariser is None) or not episodes:
         return None
     moved = cut(episodes, horizon).to(reward.device)
 
