@@ -13,6 +13,7 @@ torch files are loaded with `weights_only=True`, npz with `allow_pickle=False`, 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -215,7 +216,9 @@ def save_checkpoint(
     beside = folder / f".{target.name}.tmp"
     beside.mkdir()
     (beside / "run.json").write_text(json.dumps(dict(run)))
-    torch.save(dict(state), beside / "state.pt")
+    tensors = io.BytesIO()  # torch.save into a file on a full disk raises no OSError
+    torch.save(dict(state), tensors)
+    (beside / "state.pt").write_bytes(tensors.getbuffer())
     with (beside / "arrays.npz").open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
     if (run_dir / "config.yaml").exists():

@@ -282,7 +282,7 @@ def numbers(lab: Laboratory) -> None:
         ("nan-obs", SIMULATOR, "non-finite observation at step"),
         ("nan-reward", SIMULATOR, "non-finite reward at step"),
         ("nan-critic", CALLBACK, "not finite|became nan"),
-        ("nan-actor", CALLBACK, "became nan"),
+        ("nan-all", CALLBACK, "became nan"),
         ("nan-reward-gradient", UPDATER, "the learned reward diverged in session"),
     ]
     for fault, options, message in cases:

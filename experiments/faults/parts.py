@@ -64,7 +64,7 @@ class FailingPointMass(PointMass):
 
 
 class PoisonedGradient(BaseCallback):
-    """From environment step `at` on one gradient of the critics or the actor is NaN (nan-critic, nan-actor)."""
+    """From environment step `at` on, one batch gives NaN gradients: of the critics only (nan-critic) or of all."""
 
     def __init__(self, at: int = 300) -> None:
         super().__init__()
@@ -73,10 +73,17 @@ class PoisonedGradient(BaseCallback):
     def _on_step(self) -> bool:
         if self.num_timesteps >= self.at and not self.done:
             self.done = True
-            for name in ("critic", "actor"):
-                if fault(f"nan-{name}"):
-                    weight = next(getattr(self.model, name).parameters())
-                    weight.register_hook(lambda gradient: gradient * float("nan"))
+            replay: Any = self.model.replay_buffer  # type: ignore[attr-defined]
+            draw = replay.draw
+
+            def poisoned(*args: Any) -> Any:
+                batch = draw(*args)
+                rewards = batch.rewards * float("nan") if fault("nan-critic") else batch.rewards
+                obs = batch.obs * float("nan") if fault("nan-all") else batch.obs
+                replay.draw = draw
+                return batch._replace(obs=obs, rewards=rewards)
+
+            replay.draw = poisoned
         return True
 
 
