@@ -45,7 +45,12 @@ TINY = [
     "eval.every=100",
     "eval.episodes=2",
 ]
-MORE = {"aparl": ["reward.activation=silu"], "penalty": ["reward.activation=silu"], "fresh": ["updater.pairs=fresh"]}
+MORE = {
+    "aparl": ["reward.activation=silu"],
+    "penalty": ["reward.activation=silu"],
+    "fresh": ["updater.pairs=fresh"],
+    "surf": ["updater.steps_per_label=null"],  # fewer steps than it takes by default
+}
 
 
 class Crash(Exception):
