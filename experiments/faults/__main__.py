@@ -362,7 +362,8 @@ def wandb_dies(lab: Laboratory) -> None:
         code, said = process.wait(), process.said()
         found = differences(lab.reference(), run)
         row.outcomes.append("same" if code == 0 and not found else f"exit code {code}, DIFFERS in {found[:4]}")
-        row.detail = next((line for line in said.splitlines() if "stopped (" in line), "W&B noticed nothing")[-160:]
+        _, found_text, rest = said.partition("logging to WandB stopped")
+        row.detail = (found_text + rest).split("\n")[0] or "W&B noticed nothing"
 
 
 def _descendants(pid: int) -> list[int]:
