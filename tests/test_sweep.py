@@ -92,7 +92,7 @@ def test_one_failed_run_does_not_stop_the_others_and_another_config_is_refused(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path: Path, launcher: str) -> None:
     arguments = [f"launcher={launcher}", *POPULATION]
     process = start(tmp_path, *arguments)
