@@ -62,7 +62,9 @@ def oracle(rows: list[dict[str, Any]]) -> None:
             if len(found) == count:
                 success = [row["success"] for row in found]
                 mean = None if None in success else float(np.mean(success))
-                means.append({"env_step": step, "return": float(np.mean([r["return"] for r in found])), "success": mean})
+                means.append(
+                    {"env_step": step, "return": float(np.mean([r["return"] for r in found])), "success": mean}
+                )
         write(ORACLE / f"{env}.csv", ("env_step", "return", "success"), means)
 
 

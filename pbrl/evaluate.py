@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pbrl.agent import PreferenceSAC
 from pbrl.checkpoint import CheckpointError, load_latest
 from pbrl.configuration import ConfigError, check
 from pbrl.evaluation import act, episode, rank_correlation
 from pbrl.reward import RewardEnsemble
+from pbrl.stored import read_config
 from pbrl.types import Query, Segments
 from pbrl.videos import video_writer
 
@@ -33,13 +35,10 @@ def load_run(run_dir: str | Path) -> tuple[PreferenceSAC, Any]:
     return agent, env
 
 
-def _load(run_dir: Path) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
-    path = run_dir / "config.yaml"
-    if not path.exists():
+def _load(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
+    if not (run_dir / "config.yaml").exists():
         raise ConfigError(f"{run_dir} is not a run (no config.yaml in it)")
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
-    cfg.pop("choices", None)
+    cfg, _ = read_config(run_dir, trust)
     check(cfg)
     loaded = load_latest(run_dir)
     env = instantiate(cfg.env, _convert_="all")
@@ -96,11 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=20, help="episodes (default 20)")
     parser.add_argument("--seed", type=int, default=FRESH_SEED, help="seed of the first one, then counting up")
     parser.add_argument("--video", nargs="?", const="", help="also write an mp4 (default RUN/videos/step_….mp4)")
+    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the run's config may name")
     options = parser.parse_args(arguments)
     if options.episodes < 1:
         parser.error(f"--episodes {options.episodes}: expected at least 1")
     try:
-        agent, env, reward = _load(options.run)
+        agent, env, reward = _load(options.run, options.trust)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.test_compare import write_run
 
 from experiments import figures
+from tests.test_compare import write_run
 
 
 class Corridor:
