@@ -247,23 +247,20 @@ class PreferenceSAC(SAC):
             Whether the branch lasted for all its steps (False: it terminated early).
         """
         assert self.rollouts is not None
+        rollouts = self.rollouts
         env, here, last_obs = self.training_env, self.training_env.get_state(), self._last_obs
-        self.rollouts.interrupt()
+        rollouts.interrupt()
         self._branching = True
         try:
             self._last_obs = np.asarray(env.set_state(state), np.float32)[None]
-            before = self.rollouts.episodes
-            taken = self.collect_until(steps, lambda: self.rollouts is not None and self.rollouts.episodes != before)
+            before = rollouts.episodes
+            taken = self.collect(steps, updates=0, stop=lambda: rollouts.episodes != before)
         finally:
             self._branching = False
-            self.rollouts.interrupt()
+            rollouts.interrupt()
             env.set_state(here)
             self._last_obs = last_obs
         return taken == steps
-
-    def collect_until(self, steps: int, stop: Callable[[], bool]) -> int:
-        """At most `steps` steps without updates, until `stop`; returns how many."""
-        return self.collect(steps, updates=0, stop=stop)
 
     @contextlib.contextmanager
     def acting_with(self, theta: Params) -> Iterator[None]:
