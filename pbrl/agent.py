@@ -102,6 +102,7 @@ class PreferenceSAC(SAC):
             float32 [B, obs_dim] to float32 [B].
         rollouts: if set, records every step of the training environment.
         disagreement: how an ensemble's rewards become the agent's pay.
+        compiles: whether `prepare` compiles the update.
     """
 
     replay_buffer: RelabelReplay
@@ -116,6 +117,7 @@ class PreferenceSAC(SAC):
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
         self.disagreement = Disagreement()
+        self.compiles = False
         self._branching = False
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
         super().__init__(policy, env, **kwargs)
@@ -302,10 +304,24 @@ class PreferenceSAC(SAC):
             self._move_targets()
         self._n_updates += 1
 
+    def prepare(self) -> None:
+        """Compile the update if `compiles` says so, and say how long that took; where it cannot be, say why."""
+        if not self.compiles:
+            return
+        self.compiles = False
+        if self._fast is None:
+            print("agent.compile: networks other than plain ReLU perceptrons are updated by autograd, not compiled")
+            return
+        try:
+            print(f"compiled the agent's update in {self._fast.compile(self.batch_size):.0f} s")
+        except RuntimeError as error:
+            print(f"agent.compile: going on without, which is slower ({error})")
+
     def autograd_update(self, batch: Batch) -> Tensor:
         """`update` without the targets, in its readable form, for any networks; returns the values of METRICS, [5]."""
         actions, log_prob = self.squashed_sample(batch.obs)
-        alpha = self._update_temperature(log_prob)
+        alpha = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp().squeeze()
+        self.move_temperature(log_prob)
         with torch.no_grad():
             next_actions, next_log_prob = self.squashed_sample(batch.next_obs)
             next_q = torch.minimum(*self.critic_target(batch.next_obs, next_actions)).squeeze(1)
@@ -326,13 +342,10 @@ class PreferenceSAC(SAC):
         with torch.no_grad():
             return torch.stack([critic_loss, actor_loss, alpha.squeeze(), -log_prob.mean(), q.mean()])
 
-    def _update_temperature(self, log_prob: Tensor) -> Tensor:
-        """The temperature before this update, float32 []; then one step on it."""
-        if self.ent_coef_optimizer is None or self.log_ent_coef is None:
-            return self.ent_coef_tensor
-        alpha = self.log_ent_coef.detach().exp().squeeze()
-        self._temperature_adam.step([-(log_prob.detach().mean() + float(self.target_entropy)).reshape(1)])
-        return alpha
+    def move_temperature(self, log_prob: Tensor) -> None:
+        """One step on the temperature, if it is learned; log_prob: of present actions, float32 [B]."""
+        if self.ent_coef_optimizer is not None:
+            self._temperature_adam.step([-(log_prob.detach().mean() + float(self.target_entropy)).reshape(1)])
 
     @torch.no_grad()
     def _move_targets(self) -> None:
@@ -529,6 +542,7 @@ def make_agent(
     disagreement_bonus: float = 0.0,
     disagreement_decay: float = 1e-5,
     precision: str = "fp32",
+    compile: bool = False,
 ) -> PreferenceSAC:
     """A `PreferenceSAC` on one environment.
 
@@ -544,6 +558,7 @@ def make_agent(
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
         disagreement_bonus, disagreement_decay: see `Disagreement`.
         precision: of the update's hidden layers: fp32, or bf16 (faster where the processor multiplies it).
+        compile: the update, when `prepare` is called.
 
     Raises:
         ValueError: for a number out of range.
@@ -588,4 +603,5 @@ def make_agent(
     )
     agent.disagreement = disagreement
     agent.set_logger(Logger(folder=None, output_formats=[]))
+    agent.compiles = compile
     return agent

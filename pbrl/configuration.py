@@ -56,7 +56,7 @@ def suite(target: str) -> str:
 
 
 def register_resolvers() -> None:
-    """`${by_suite:{metaworld:1,other:2}}` and `${by_task:{walker-walk:1},default}` for YAML files."""
+    """`${by_suite:{metaworld:1,other:2}}`, `${by_task:{walker-walk:1},default}`, `${at_least:3,2}` for YAML files."""
 
     def by_suite(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         name = suite(_root_.env._target_)
@@ -67,6 +67,10 @@ def register_resolvers() -> None:
         names = [str(env.get("task")), f"{env.get('domain')}-{env.get('task')}"]
         return next((values[name] for name in names if name in values), default)
 
+    def at_least(value: float, bound: float) -> bool:
+        return value >= bound
+
+    OmegaConf.register_new_resolver("at_least", at_least, replace=True)
     OmegaConf.register_new_resolver("by_suite", by_suite, replace=True)
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
 

@@ -1,17 +1,21 @@
 """The SAC update with its derivative written out: the same numbers as autograd's, without graph, copies or dispatch.
 
-Haarnoja et al. (2018), as in Stable-Baselines3's `SAC.train`. `PreferenceSAC.update` is the readable form and the
-one that runs for networks other than plain ReLU perceptrons; `tests/test_update.py` holds the two equal.
+Haarnoja et al. (2018), as in Stable-Baselines3's `SAC.train`. `PreferenceSAC.autograd_update` is the readable form and
+the one that runs for networks other than plain ReLU perceptrons; `tests/test_update.py` holds the two equal.
 
 With `torch.bfloat16` the products of the hidden layers are computed in it; weights, Adam, the last layers (the Q head
-and the Gaussian's parameters) and everything between are float32.
+and the Gaussian's parameters) and everything between are float32. Compiled (torch.compile; the code is kept on disk
+for the next run), what lies between the products is fused: without the explicit derivative compiling does not pay.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
-masked = torch.ops.aten.threshold_backward.grad_input  # gradient where the activation is positive, else 0
+masked = torch.ops.aten.threshold_backward  # gradient where the activation is positive, else 0
 
 
 class FusedAdam:
@@ -78,72 +82,81 @@ class FusedAdam:
         return True
 
 
+class Trace(NamedTuple):
+    """What a forward pass leaves for its derivative: inputs and weight of each layer, as multiplied."""
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+
+    def rows(self, rows: Tensor | slice) -> Trace:
+        """The trace of some rows."""
+        return Trace([one[rows] for one in self.inputs], self.weights)
+
+
 class Perceptron:
     """Hidden linear layers with ReLU and one linear last layer (of one or several heads), over inputs [B, ·].
 
-    `forward` keeps what `backward` needs; parameters are the modules' own, gradients are written into `grads`.
+    The parameters are the modules' own; nothing is kept between calls.
     """
 
     def __init__(self, hidden: list[nn.Linear], heads: list[nn.Linear], dtype: torch.dtype) -> None:
         self.params: list[Tensor] = [param for layer in (*hidden, *heads) for param in (layer.weight, layer.bias)]
-        self.hidden = list(zip(self.params[: 2 * len(hidden) : 2], self.params[1 : 2 * len(hidden) : 2], strict=True))
-        self.heads = [(head.weight, head.bias) for head in heads]
-        self.dtype, self.cast = dtype, dtype != heads[0].weight.dtype
-        self.inputs: list[Tensor] = []  # of each layer, in the last `forward`
-        self.weights: list[Tensor] = []  # of each layer, as multiplied
-        outputs = [head.out_features for head in heads]
-        shapes = [weight.shape for weight, _ in self.hidden] + [torch.Size((sum(outputs), heads[0].in_features))]
-        like = heads[0].weight.detach()
-        self._weight_grads = [like.new_empty(shape) for shape in shapes]
-        self._bias_grads = [like.new_empty(shape[0]) for shape in shapes]
-        split = [grads[:-1] + list(grads[-1].split(outputs)) for grads in (self._weight_grads, self._bias_grads)]
-        self.grads = [grad for pair in zip(*split, strict=True) for grad in pair]  # in the order of `params`
+        self.hidden: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in hidden]
+        self.heads: list[tuple[Tensor, Tensor]] = [(head.weight, head.bias) for head in heads]
+        self.outputs = [head.out_features for head in heads]
+        self.dtype = dtype
 
-    def forward(self, inputs: Tensor, keep: bool = True) -> Tensor:
-        """The last layer's values: [B, heads]. keep: for a derivative afterwards."""
-        self.inputs, self.weights = [], []
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Trace]:
+        """The last layer's values, [B, heads], and what the derivative needs."""
+        trace = Trace([], [])
         for weight, bias in self.hidden:
-            if self.cast:
-                inputs, weight, bias = inputs.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
-            if keep:
-                self.inputs.append(inputs)
-                self.weights.append(weight)
+            inputs, weight, bias = inputs.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
+            trace.inputs.append(inputs)
+            trace.weights.append(weight)
             inputs = linear(inputs, weight, bias).relu_()
         weight, bias = self.heads[0]
         if len(self.heads) > 1:
             weight, bias = (torch.cat(both) for both in zip(*self.heads, strict=True))
-        if self.cast:
-            inputs = inputs.to(weight.dtype)
-        if keep:
-            self.inputs.append(inputs)
-            self.weights.append(weight)
-        return linear(inputs, weight, bias)
+        inputs = inputs.to(weight.dtype)
+        trace.inputs.append(inputs)
+        trace.weights.append(weight)
+        return linear(inputs, weight, bias), trace
 
-    def backward(self, grad: Tensor) -> None:
-        """Write the parameters' gradients, given the loss's gradient [n, heads] of the first n rows."""
-        rows = len(grad)
-        for i in range(len(self.weights) - 1, -1, -1):
-            inputs = self.inputs[i] if len(self.inputs[i]) == rows else self.inputs[i][:rows]
-            if grad.dtype == self._weight_grads[i].dtype:
-                torch.mm(grad.t(), inputs, out=self._weight_grads[i])
+    def backward(self, trace: Trace, grad: Tensor) -> list[Tensor]:
+        """The parameters' gradients, in the order of `params`, given the loss's gradient [B, heads]."""
+        grads: list[Tensor] = []
+        for i in range(len(trace.weights) - 1, -1, -1):
+            dtype = self.heads[0][0].dtype
+            both = (grad.t() @ trace.inputs[i]).to(dtype), grad.sum(0, dtype=dtype)
+            if not grads and len(self.heads) > 1:
+                both_split = [one.split(self.outputs) for one in both]
+                grads = [one for pair in zip(*both_split, strict=True) for one in pair]
             else:
-                self._weight_grads[i].copy_(grad.t() @ inputs)
-            torch.sum(grad, 0, dtype=self._bias_grads[i].dtype, out=self._bias_grads[i])
+                grads = [*both, *grads]
             if i:
-                grad = self._through(i, grad, inputs)
+                grad = self._through(trace, i, grad)
+        return grads
 
-    def _through(self, i: int, grad: Tensor, inputs: Tensor) -> Tensor:
+    def _through(self, trace: Trace, i: int, grad: Tensor) -> Tensor:
         """The loss's gradient before the ReLU that gave layer i its inputs, given the one after layer i."""
-        weight = self.weights[i]
+        weight = trace.weights[i]
         grad = grad * weight if len(weight) == 1 else grad @ weight
-        masked(grad, inputs, 0, grad_input=grad)
-        return grad.to(self.dtype) if self.cast else grad
+        return masked(grad, trace.inputs[i], 0).to(self.dtype)
 
-    def input_gradient(self, grad: Tensor, rows: Tensor | slice, first: int) -> Tensor:
-        """The gradient of the inputs from column `first` on, in some rows: [n, ·] for the loss's gradient [n, 1]."""
-        for i in range(len(self.weights) - 1, 0, -1):
-            grad = self._through(i, grad, self.inputs[i][rows])
-        return (grad @ self.weights[0][:, first:]).to(self.weights[-1].dtype)
+    def input_gradient(self, trace: Trace, grad: Tensor, first: int) -> Tensor:
+        """The gradient of the inputs from column `first` on: [n, ·] for the loss's gradient [n, 1]."""
+        for i in range(len(trace.weights) - 1, 0, -1):
+            grad = self._through(trace, i, grad)
+        return (grad @ trace.weights[0][:, first:]).to(trace.weights[-1].dtype)
+
+
+class Sampled(NamedTuple):
+    """Reparameterised actions of a squashed Gaussian and the factors of their derivative, [B, A] each."""
+
+    actions: Tensor
+    rest: Tensor  # 1 − actions²
+    deviation: Tensor  # standard deviation times noise
+    slope: Tensor  # of the log standard deviation by the last layer's value
 
 
 class FastUpdate:
@@ -164,70 +177,141 @@ class FastUpdate:
             for critic in (agent.critic, agent.critic_target)
         )
         critic_params = [param for net in self.critics for param in net.params]
-        self.critic_grads = [grad for net in self.critics for grad in net.grads]
         self.actor_adam = FusedAdam(actor.optimizer, self.actor.params)
         self.critic_adam = FusedAdam(agent.critic.optimizer, critic_params)
+        # dQ/da of all rows, masked, instead of some: choosing would wait for a GPU, and bf16 products are compiled for
+        # each number of rows anew (oneDNN: a millisecond each)
+        self.whole = dtype != torch.float32 or critic_params[0].is_cuda
+        self.gamma, self.act_dim = agent.gamma, actor.mu.out_features
+        self.critic_stage: Any = self._critic_stage
+        self.actor_stage: Any = self._actor_stage
+
+    def compile(self, batch_size: int) -> float:
+        """Compile what lies between the optimisers' steps, for batches of this size; nothing learns meanwhile.
+
+        The code is kept where PyTorch keeps it: in TORCHINDUCTOR_CACHE_DIR, by default a folder of /tmp.
+
+        Returns:
+            Seconds that it took: half a minute for new code, some seconds where the code lies on disk.
+
+        Raises:
+            RuntimeError: if it cannot be compiled here (no C++ compiler, say); the update then stays as it was.
+        """
+        from torch._inductor import config
+
+        began, before = time.monotonic(), self.whole
+        self.whole = True
+        eager = self._critic_stage, self._actor_stage
+        stages = [torch.compile(stage, fullgraph=True, dynamic=False) for stage in eager]
+        with config.patch(compile_threads=1), warnings.catch_warnings():  # here, not in processes that would stay
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's, about itself
+            try:
+                self._warm(batch_size, *stages)
+            except Exception as error:  # whatever a compiler raises
+                self.whole = before
+                reason = " ".join(str(error).split())[:200]
+                raise RuntimeError(f"{type(error).__name__}: {reason}") from error
+        self.critic_stage, self.actor_stage = stages
+        return time.monotonic() - began
+
+    @torch.no_grad()
+    def _warm(self, size: int, critic_stage: Any, actor_stage: Any) -> None:
+        """Run both stages on zeros, with the shapes and kinds of tensors that training will have."""
+        replay = self.agent.replay_buffer
+        batch = replay.batch(np.zeros((size, replay.rows.shape[1]), np.float32))
+        alpha, log_prob, sampled, trace, _, loss = critic_stage(batch, self._noise(batch), self._log_alpha())
+        actor_stage(batch.obs, alpha, log_prob, sampled, trace, loss)
+
+    def _noise(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        shape = 2 * len(batch.rewards), self.act_dim
+        if generator is None:
+            return batch.obs.new_zeros(shape)
+        return torch.randn(shape, generator=generator, device=batch.obs.device)
+
+    def _log_alpha(self) -> Tensor:
+        learned = self.agent.log_ent_coef
+        return self.agent.ent_coef_tensor.log() if learned is None else learned
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Temperature, critics and actor, in this order: critic loss, actor loss, temperature, entropy, mean Q."""
-        agent, size = self.agent, len(batch.rewards)
-        both, log_probs = self._sample(torch.cat([batch.obs, batch.next_obs]))
-        log_prob, next_log_prob = log_probs[:size], log_probs[size:]
-        alpha = agent._update_temperature(log_prob)
+        noise = self._noise(batch, self.agent.noise)
+        alpha, log_prob, sampled, trace, critic_grads, critic_loss = self.critic_stage(batch, noise, self._log_alpha())
+        self.agent.move_temperature(log_prob)
+        self.critic_adam.step(critic_grads)
+        actor_grads, metrics = self.actor_stage(batch.obs, alpha, log_prob, sampled, trace, critic_loss)
+        self.actor_adam.step(actor_grads)
+        return metrics
 
-        next_q = _values(self.targets, torch.cat([batch.next_obs, both[size:]], dim=1), keep=False).amin(dim=1)
-        target = torch.addcmul(batch.rewards, batch.not_done, next_q - alpha * next_log_prob, value=agent.gamma)
-        errors = _values(self.critics, torch.cat([batch.obs, batch.actions], dim=1)) - target.unsqueeze(1)
-        critic_loss = errors.square().sum() / (2 * size)
-        errors /= size
-        for net, grad in zip(self.critics, errors.split(1, dim=1), strict=True):
-            net.backward(grad)
-        self.critic_adam.step(self.critic_grads)
+    def _critic_stage(
+        self, batch: Batch, noise: Tensor, log_alpha: Tensor
+    ) -> tuple[Tensor, Tensor, Sampled, Trace, list[Tensor], Tensor]:
+        size = len(batch.rewards)
+        alpha = log_alpha.exp().squeeze()
+        raw, trace = self.actor.forward(torch.cat([batch.obs, batch.next_obs]))
+        sampled, log_probs = self._sample(raw, noise)
+        here = Sampled(*(one[:size] for one in sampled))
+        next_q = torch.minimum(*self._values(self.targets, batch.next_obs, sampled.actions[size:])[0])
+        target = batch.rewards + batch.not_done * self.gamma * (next_q - alpha * log_probs[size:])
+        values, traces = self._values(self.critics, batch.obs, batch.actions)
+        errors = [value - target for value in values]
+        loss = torch.stack(errors).square().sum() / (2 * size)
+        grads = [
+            grad
+            for net, kept, error in zip(self.critics, traces, errors, strict=True)
+            for grad in net.backward(kept, (error / size).unsqueeze(1))
+        ]
+        return alpha, log_probs[:size], here, trace.rows(slice(size)), grads, loss
 
-        q, lower = _values(self.critics, torch.cat([batch.obs, both[:size]], dim=1)).min(dim=1)
+    def _actor_stage(
+        self, obs: Tensor, alpha: Tensor, log_prob: Tensor, sampled: Sampled, trace: Trace, critic_loss: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        values, traces = self._values(self.critics, obs, sampled.actions)
+        q = torch.minimum(*values)
         actor_loss = (alpha * log_prob - q).mean()
-        self.actor.backward(self._policy_gradient(alpha, self._action_gradient(lower, batch.obs.shape[1])))
-        self.actor_adam.step(self.actor.grads)
-        return torch.stack([critic_loss, actor_loss, alpha.squeeze(), -log_prob.mean(), q.mean()])
+        action_gradient = self._action_gradient(values, traces, obs.shape[1])
+        # of mean(alpha log π − Q) by the Gaussian's mean and the last layer's log std
+        by_mean = (2 * alpha * sampled.actions / (sampled.rest + SQUASH_EPSILON) - action_gradient) * sampled.rest
+        by_log_std = (by_mean * sampled.deviation - alpha) * sampled.slope
+        grads = self.actor.backward(trace, torch.cat([by_mean, by_log_std], dim=1) / len(obs))
+        return grads, torch.stack([critic_loss, actor_loss, alpha, -log_prob.mean(), q.mean()])
 
-    def _sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Squashed actions [N, A] and their log-probabilities [N]; keeps what `_policy_gradient` needs."""
-        mean, raw = self.actor.forward(obs).chunk(2, dim=1)
+    def _sample(self, last: Tensor, noise: Tensor) -> tuple[Sampled, Tensor]:
+        """Squashed actions [N, A] and their log-probabilities [N], from the last layer's values [N, 2A]."""
+        mean, raw = last.chunk(2, dim=1)
         if self.log_std_range is None:
-            self._slope = ((raw >= LOG_STD_MIN) & (raw <= LOG_STD_MAX)).to(raw.dtype)
+            slope = ((raw >= LOG_STD_MIN) & (raw <= LOG_STD_MAX)).to(raw.dtype)
             log_std = raw.clamp(LOG_STD_MIN, LOG_STD_MAX)
         else:
             low, high = self.log_std_range
             half, unit = (high - low) / 2, torch.tanh(raw)
-            self._slope = (1 - unit.square()).mul_(half)
-            log_std = unit.add_(1).mul_(half).add_(low)
-        noise = torch.randn(mean.shape, generator=self.agent.noise, device=mean.device, dtype=mean.dtype)
-        self._deviation = log_std.exp() * noise
-        self._actions = torch.tanh(mean + self._deviation)
-        self._rest = 1 - self._actions.square()
-        density = torch.log(self._rest + SQUASH_EPSILON).add_(log_std).addcmul_(noise, noise, value=0.5)
-        return self._actions, -(density.sum(1) + mean.shape[1] * LOG_SQRT_2PI)
+            slope = (1 - unit.square()) * half
+            log_std = low + half * (unit + 1)
+        deviation = log_std.exp() * noise
+        actions = torch.tanh(mean + deviation)
+        rest = 1 - actions.square()
+        density = (torch.log(rest + SQUASH_EPSILON) + log_std + 0.5 * noise.square()).sum(1)
+        return Sampled(actions, rest, deviation, slope), -(density + mean.shape[1] * LOG_SQRT_2PI)
 
-    def _action_gradient(self, lower: Tensor, obs_dim: int) -> Tensor:
+    @staticmethod
+    def _values(critics: list[Perceptron], obs: Tensor, actions: Tensor) -> tuple[list[Tensor], list[Trace]]:
+        """Each critic's values [B] and traces."""
+        inputs = torch.cat([obs, actions], dim=1)
+        both = [critic.forward(inputs) for critic in critics]
+        return [value.squeeze(1) for value, _ in both], [trace for _, trace in both]
+
+    def _action_gradient(self, values: list[Tensor], traces: list[Trace], obs_dim: int) -> Tensor:
         """dQ/da [B, A] of the lower critic in each row (autograd halves it between exactly equal critics)."""
-        gradient = self._actions.new_zeros(len(lower), self._actions.shape[1])
-        for i, net in enumerate(self.critics):
-            chosen = lower == i
-            if gradient.is_cuda:  # all rows: choosing some would wait for the device
-                gradient += net.input_gradient(chosen.to(gradient.dtype).unsqueeze(1), slice(None), obs_dim)
+        second = values[1] < values[0]
+        gradient = values[0].new_zeros(len(second), self.act_dim)
+        for net, trace, chosen in zip(self.critics, traces, (~second, second), strict=True):
+            if self.whole:
+                gradient = gradient + net.input_gradient(trace, chosen.to(gradient.dtype).unsqueeze(1), obs_dim)
             else:
                 rows = chosen.nonzero().squeeze(1)
-                gradient.index_copy_(0, rows, net.input_gradient(gradient.new_ones(len(rows), 1), rows, obs_dim))
+                some = net.input_gradient(trace.rows(rows), gradient.new_ones(len(rows), 1), obs_dim)
+                gradient.index_copy_(0, rows, some)
         return gradient
-
-    def _policy_gradient(self, alpha: Tensor, action_gradient: Tensor) -> Tensor:
-        """Gradient [B, 2A] of mean(alpha log π − Q) by the Gaussian's mean and the last layer's log std."""
-        size = len(action_gradient)
-        actions, rest = self._actions[:size], self._rest[:size]
-        by_mean = (2 * alpha * actions / (rest + SQUASH_EPSILON) - action_gradient).mul_(rest)
-        by_log_std = (by_mean * self._deviation[:size] - alpha).mul_(self._slope[:size])
-        return torch.cat([by_mean, by_log_std], dim=1).div_(size)
 
 
 def supports(agent: PreferenceSAC) -> bool:
@@ -240,6 +324,7 @@ def supports(agent: PreferenceSAC) -> bool:
         and not actor.use_sde
         and all(isinstance(m.features_extractor, FlattenExtractor) for m in (actor, critic))
         and _plain(actor.latent_pi, last=nn.ReLU)
+        and len(critic.q_networks) == 2
         and all(_plain(net, last=nn.Linear) for net in critic.q_networks)
     )
 
@@ -258,7 +343,3 @@ def _plain(net: nn.Module, last: type[nn.Module]) -> bool:
 
 def _linear(net: nn.Module) -> list[nn.Linear]:
     return [layer for layer in net.children() if isinstance(layer, nn.Linear)]
-
-
-def _values(critics: list[Perceptron], inputs: Tensor, keep: bool = True) -> Tensor:
-    return torch.cat([critic.forward(inputs, keep) for critic in critics], dim=1)

@@ -124,6 +124,7 @@ class Loop:
         """
         if self.due.eval == 0 and hasattr(self.parts.updater, "start"):  # nothing has happened yet
             self.parts.updater.start(self.session)
+        self.agent.prepare()
         with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
             while True:
                 self._choose_pay()

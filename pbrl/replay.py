@@ -79,7 +79,11 @@ class RelabelReplay(ReplayBuffer):
         if recent:
             back = rng.integers(min(size, self.hybrid_steps), size=recent)
             index[:recent] = (self.pos - 1 - back) % self.buffer_size
-        rows = torch.from_numpy(self.rows.take(index, axis=0)).to(self.device, non_blocking=True)
+        return self.batch(self.rows.take(index, axis=0))
+
+    def batch(self, packed: np.ndarray) -> Batch:
+        """Packed rows, float32 [B, ·], as a `Batch` on the buffer's device."""
+        rows = torch.from_numpy(packed).to(self.device, non_blocking=True)
         obs, actions, next_obs, rewards, done, timeout = rows.split(self._split, dim=1)
         return Batch(obs, actions, next_obs, rewards.squeeze(1), (1 - done * (1 - timeout)).squeeze(1))
 

@@ -109,9 +109,10 @@ def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None
     weights = torch.randn(8, 5, dtype=torch.float64)
     *params, _ = torch.autograd.grad((expected[:8] * weights).sum(), [*net.params, inputs])
     with torch.no_grad():
-        torch.testing.assert_close(net.forward(inputs), expected)
-        net.backward(weights)
-    for ours, theirs in zip(net.grads, params, strict=True):
+        values, trace = net.forward(inputs)
+        torch.testing.assert_close(values, expected)
+        grads = net.backward(trace.rows(slice(8)), weights)
+    for ours, theirs in zip(grads, params, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -123,8 +124,8 @@ def test_input_gradients_equal_autograds_in_the_chosen_rows() -> None:
     expected = torch.autograd.grad(last(first(inputs).relu()).sum(), inputs)[0]
     rows = torch.tensor([1, 4, 12])
     with torch.no_grad():
-        net.forward(inputs)
-        ours = net.input_gradient(torch.ones(3, 1), rows, first=5)
+        _, trace = net.forward(inputs)
+        ours = net.input_gradient(trace.rows(rows), torch.ones(3, 1), first=5)
     torch.testing.assert_close(ours, expected[rows, 5:])
 
 
@@ -191,6 +192,39 @@ def test_bf16_stays_close_and_keeps_float32_weights() -> None:
     assert {p.dtype for p in rounded.policy.parameters()} == {torch.float32}
     assert rounded.metrics() == pytest.approx(exact.metrics(), rel=0.05, abs=0.01)
     assert 0 < distance(exact, rounded) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_update_equals_the_eager_one(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    eager, compiled = agent(precision=precision), agent(precision=precision, compile=True)
+    noise, before = compiled.noise.get_state(), [p.clone() for p in compiled.policy.parameters()]
+    compiled.prepare()
+    assert "compiled the agent's update in" in capsys.readouterr().out
+    assert torch.equal(noise, compiled.noise.get_state())  # warming up learns nothing and draws nothing
+    assert all(torch.equal(a, b) for a, b in zip(before, compiled.policy.parameters(), strict=True))
+    assert compiled._fast is not None and compiled._fast.critic_stage != compiled._fast._critic_stage
+    for batch in batches(20, eager):
+        eager.update(batch)
+        compiled.update(batch)
+    assert distance(eager, compiled) < (1e-5 if precision == "fp32" else 5e-3)
+    assert compiled.metrics() == pytest.approx(eager.metrics(), rel=1e-2 if precision == "bf16" else 1e-4, abs=1e-2)
+
+
+def test_without_a_compiler_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise OSError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: missing)
+    learner, plain = agent(compile=True), agent()
+    learner.prepare()
+    assert "going on without, which is slower (OSError: no C++ compiler)" in capsys.readouterr().out
+    [batch] = batches(1, learner)
+    learner.update(batch)
+    plain.update(batch)
+    assert distance(learner, plain) == 0
 
 
 def test_wrong_precisions_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""SAC updates: ours (written-out derivative, fp32 and bf16; autograd) against stock Stable-Baselines3, in one run.
+"""SAC updates against stock Stable-Baselines3's, in one run: written out, fp32 and bf16, eager and compiled; autograd.
 
 The roofline is the time that the update's matrix products alone take at the rate of one large product of the same
 kind, measured in turn with the updates.
@@ -64,9 +64,19 @@ def agents(setting: dict[str, Any]) -> dict[str, SAC]:
     stock.set_logger(Logger(None, []))
     ours: dict[str, PreferenceSAC] = {
         name: make_agent(env, seed=0, net_arch=arch, buffer_size=TRANSITIONS, precision=precision)
-        for name, precision in (("autograd", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"))
+        for name, precision in (
+            ("autograd", "fp32"),
+            ("fp32", "fp32"),
+            ("bf16", "bf16"),
+            ("fp32 compiled", "fp32"),
+            ("bf16 compiled", "bf16"),
+        )
     }
     ours["autograd"]._fast = None
+    for name, agent in ours.items():
+        if name.endswith("compiled"):
+            assert agent._fast is not None
+            agent._fast.compile(setting["batch"])
     rng = np.random.default_rng(0)
     fill(stock.replay_buffer, rng)
     for agent in ours.values():
@@ -101,7 +111,7 @@ def compared(name: str, threads: tuple[int, ...]) -> list[dict[str, Any]]:
         torch.set_num_threads(count)
         times = interleaved(variants)
         for key in made:
-            product = times["bf16 product" if key == "bf16" else "fp32 product"]
+            product = times["bf16 product" if key.startswith("bf16") else "fp32 product"]
             row = {"setting": name, "threads": count, "variant": key, **times[key]}
             row["updates_per_second"] = 1e3 / times[key]["ms"]
             for clock in ("ms", "cpu_ms"):
