@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,6 +89,9 @@ class DynamicsAwareReward(RewardEnsemble):
         """Rewards by every member: float32 [M, ...]."""
         z = self.encode(obs, actions)
         return torch.stack([head(z).squeeze(-1) for head in self.members])
+
+    def _row(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return self.encode(torch.from_numpy(obs), torch.from_numpy(actions)).numpy()
 
     def dynamics_loss(self, obs: Tensor, actions: Tensor, next_obs: Tensor) -> Tensor:
         """L of the module's text: float32 [], in [−1, 1]."""

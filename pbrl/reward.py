@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from scipy.special import expit
 from torch import Tensor, nn
 
 from pbrl.losses import bradley_terry_loss, correct, preference_logits
@@ -26,13 +27,30 @@ OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Si
 BLOCK = 2048  # rows of one forward pass without gradients: activations stay in the second-level cache
 
 
+ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a layer on one row, float32 [n]
+    nn.Linear: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
+    nn.LeakyReLU: lambda layer, x: np.maximum(x, np.float32(layer.negative_slope) * x),
+    nn.ReLU: lambda layer, x: np.maximum(x, np.float32(0)),
+    nn.SiLU: lambda layer, x: x * expit(x),
+    nn.Tanh: lambda layer, x: np.tanh(x),
+    nn.Sigmoid: lambda layer, x: expit(x),
+    nn.Identity: lambda layer, x: x,
+}
+
+
 class Layers(nn.Sequential):
-    """A sequence that calls its layers' `forward` and none of their hooks: less work per call, felt by single rows."""
+    """A sequence that calls its layers' `forward` and none of their hooks, and knows a quick way for one row."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         for layer in self:
             inputs = layer.forward(inputs)
         return inputs
+
+    def row(self, x: np.ndarray) -> np.ndarray:
+        """The same for one row, float32 [n] to [m], without torch's calls: a third of the time."""
+        for layer in self:
+            x = ROWWISE[type(layer)](layer, x)
+        return x
 
 
 class RewardEnsemble(nn.Module):
@@ -107,11 +125,18 @@ class RewardEnsemble(nn.Module):
     def predict(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """Every member's reward for many rows, in cache-sized blocks: float32 [M, N] for obs [N, ·], actions [N, ·]."""
         device = self.device
+        if len(obs) == 1 and device.type == "cpu":
+            x = self._row(obs[0], actions[0])
+            return np.stack([member.row(x) for member in self.members])  # type: ignore[operator]
         blocks = [
             self(torch.from_numpy(some).to(device), torch.from_numpy(acts).to(device)).cpu()
             for some, acts in ((obs[i : i + BLOCK], actions[i : i + BLOCK]) for i in range(0, max(len(obs), 1), BLOCK))
         ]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).numpy()
+
+    def _row(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """The members' inputs at one step."""
+        return np.concatenate([obs, actions])
 
     @torch.no_grad()
     def returns(self, segments: Segments) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pbrl.losses import bradley_terry_loss, calibration_error, correct, log_likelihood, preference_logits
-from pbrl.reward import RewardEnsemble, train_epochs
+from pbrl.reed import DynamicsAwareReward
+from pbrl.reward import ACTIVATIONS, OUTPUTS, RewardEnsemble, train_epochs
 from pbrl.types import Segments
 
 
@@ -57,6 +58,20 @@ def test_prediction_in_blocks_equals_the_forward_pass() -> None:
     with torch.no_grad():
         whole = reward(torch.from_numpy(obs), torch.from_numpy(actions)).numpy()
     np.testing.assert_allclose(reward.predict(obs, actions), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [RewardEnsemble, DynamicsAwareReward])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("output", list(OUTPUTS))
+def test_one_row_is_paid_as_many_are(kind: type[RewardEnsemble], activation: str, output: str) -> None:
+    reward = kind(5, 2, members=2, hidden=(8, 9), activation=activation, output=output, seed=3)
+    rng = np.random.default_rng(0)
+    obs, actions = 9 * rng.normal(size=(3, 5)).astype(np.float32), rng.uniform(-1, 1, (3, 2)).astype(np.float32)
+    together = reward.predict(obs, actions)
+    for i in range(3):
+        alone = reward.predict(obs[i : i + 1], actions[i : i + 1])
+        assert alone.dtype == together.dtype and alone.shape == (2, 1)
+        np.testing.assert_allclose(alone[:, 0], together[:, i], rtol=1e-5, atol=1e-6)
 
 
 def test_members_differ_and_the_seed_decides() -> None:
