@@ -77,7 +77,8 @@ def register_resolvers() -> None:
 
 def options(group: str) -> list[str]:
     """The shipped options of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
