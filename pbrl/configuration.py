@@ -67,8 +67,8 @@ def register_resolvers() -> None:
         names = [str(env.get("task")), f"{env.get('domain')}-{env.get('task')}"]
         return next((values[name] for name in names if name in values), default)
 
-    def at_least(value: float, bound: float) -> bool:
-        return value >= bound
+    def at_least(value: Any, bound: float) -> bool:
+        return isinstance(value, int | float) and value >= bound  # what is no number is refused later, by name
 
     OmegaConf.register_new_resolver("at_least", at_least, replace=True)
     OmegaConf.register_new_resolver("by_suite", by_suite, replace=True)

@@ -158,6 +158,9 @@ class Summary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
+        if "ray" in hydra.launcher and (Path.home() / ".ray/auth_token").exists():
+            # a cluster of `ray start` then asks for the token, which Ray does not send by itself to an address
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.folder = Path(hydra.runtime.cwd) / hydra.sweep.dir / ".sweeps" / name
         self.folder.mkdir(parents=True)

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,29 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def sweep(cwd: Path, *arguments: str) -> tuple[int, str]:
     process = start(cwd, *arguments)
-    shown, _ = process.communicate()
+    try:
+        shown, _ = process.communicate()
+    finally:  # also at a test's time limit
+        kill(process)
     return process.returncode, shown
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home and a folder for Ray, where a cluster of `ray start` was killed."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets: short
+        monkeypatch.setenv("HOME", name)
+        monkeypatch.setenv("RAY_TMPDIR", name)
+        for variable in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+            monkeypatch.delenv(variable, raising=False)
+        (Path(name) / "ray").mkdir()
+        (Path(name) / "ray/ray_current_cluster").write_text("127.0.0.1:9")
+        yield Path(name)
 
 
 def complete(folder: Path) -> bool:
@@ -92,16 +115,19 @@ def test_one_failed_run_does_not_stop_the_others_and_another_config_is_refused(t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path: Path, launcher: str) -> None:
+def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(
+    tmp_path: Path, launcher: str, ray_folder: Path
+) -> None:
     arguments = [f"launcher={launcher}", *POPULATION]
     process = start(tmp_path, *arguments)
-    deadline = time.monotonic() + 500
-    while not any(complete(folder) for folder in runs(tmp_path)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        while not any(complete(folder) for folder in runs(tmp_path)):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+    finally:
+        kill(process)
     process.communicate()
     before = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in runs(tmp_path) if complete(folder)}
     code, shown = sweep(tmp_path, *arguments)
@@ -119,6 +145,34 @@ def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(tmp_path
     found = re.search(r"4 runs: .*?(\d) skipped", shown)
     assert found, shown
     assert int(found[1]) >= len(before)  # Ray's workers live a moment longer than the command that is killed
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_sweep_joins_a_ray_cluster_that_asks_for_a_token(tmp_path: Path, ray_folder: Path) -> None:
+    ray = str(Path(sys.executable).parent / "ray")
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
+    folder = ray_folder / "head"
+    command = [ray, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    head = subprocess.Popen([*command, f"--temp-dir={folder}"], text=True, start_new_session=True)
+    try:
+        while not (folder / "ray_current_cluster").exists():
+            assert head.poll() is None
+            time.sleep(0.1)
+        port = (folder / "ray_current_cluster").read_text().rpartition(":")[2]
+        address = f"hydra.launcher.ray.init.address=127.0.0.1:{port}"
+        code, shown = sweep(tmp_path, "launcher=ray", address, "updater=oracle", "seed=0,1")
+        assert code == 0, shown
+        assert "2 runs: 2 finished" in shown
+        assert "Started a local Ray instance" not in shown
+        assert len([run for run in runs(tmp_path) if complete(run)]) == 2
+    finally:
+        head.terminate()  # ends the cluster's other processes too
+        try:
+            head.wait(60)
+        finally:
+            kill(head)
 
 
 @pytest.mark.slow
