@@ -2,7 +2,8 @@
 
 One row per evaluation: run, method, env, teacher, seed, env_step, return, success, labels, and the commit and command
 of the run. With `--oracle` the mean over the runs goes to experiments/results/oracle/<env>.csv, from where every run
-reads its `eval/oracle_return`.
+reads its `eval/oracle_return`. With `--keep FOLDER` the runs themselves go there without what is large (checkpoints,
+steps, training rows): `python -m pbrl.compare FOLDER` reads them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,18 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> N
     print(path)
 
 
+def keep(run: Path, folder: Path) -> None:
+    """Copy to folder/<run's name> what `pbrl.compare` reads: its config, origin, and evaluation and session rows."""
+    target = folder / run.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "command.txt", "versions.json", "summary.json"):
+        shutil.copyfile(run / name, target / name)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    wanted = [line for line in lines if {"eval/return", "feedback/session"} & set(json.loads(line))]
+    (target / "metrics.jsonl").write_text("".join(wanted))
+    print(target)
+
+
 def oracle(rows: list[dict[str, Any]]) -> None:
     """Mean over runs at each step that all runs of an environment have reached."""
     by_env: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -74,10 +88,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="CSV of all evaluations")
     parser.add_argument("--oracle", action="store_true", help="also write the mean as the oracle's curve")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also keep the runs there, without what is large")
     options = parser.parse_args()
     rows = [row for run in options.runs for row in curve(run)]
     if options.out:
         write(options.out, (*COLUMNS, "commit", "command"), rows)
+    if options.keep:
+        for run in options.runs:
+            keep(run, options.keep)
     if options.oracle:
         oracle(rows)
 

@@ -27,70 +27,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
-from stable_baselines3.sac.policies import Actor, SACPolicy
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from pbrl.exploration import Disagreement
 from pbrl.fast_update import FastUpdate, FusedAdam, supports
+from pbrl.policy import PreferencePolicy, initialise, squash
 from pbrl.replay import Batch, RelabelReplay, RewardFunction
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 
-LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
 DIVERGED = 1e8  # |Q|: no task here pays more than 1e5 an episode
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
-
-
-class SquashedStdActor(Actor):
-    """SB3's actor, its log standard deviation squashed by tanh into `log_std_range` instead of clamped."""
-
-    log_std_range: tuple[float, float] | None = None
-
-    def get_action_dist_params(self, obs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        if self.log_std_range is None:
-            return super().get_action_dist_params(obs)
-        latent = self.latent_pi(self.extract_features(obs, self.features_extractor))
-        low, high = self.log_std_range
-        return self.mu(latent), low + 0.5 * (high - low) * (torch.tanh(self.log_std(latent)) + 1), {}  # type: ignore[operator]
-
-
-class PreferencePolicy(SACPolicy):
-    """SB3's SAC policy with the two options of the published code: `log_std_range` and `orthogonal_init`."""
-
-    def __init__(
-        self, *args: Any, log_std_range: Sequence[float] | None = None, orthogonal_init: bool = False, **kwargs: Any
-    ) -> None:
-        self.log_std_range = None if log_std_range is None else (float(log_std_range[0]), float(log_std_range[1]))
-        self.orthogonal_init = orthogonal_init
-        super().__init__(*args, **kwargs)
-        if orthogonal_init:
-            for module in (self.actor, self.critic):
-                initialise(module, orthogonal=True)
-            self.critic_target.load_state_dict(self.critic.state_dict())
-
-    def make_actor(self, features_extractor: Any = None) -> Actor:
-        kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
-        actor = SquashedStdActor(**kwargs).to(self.device)
-        actor.log_std_range = self.log_std_range
-        return actor
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {"log_std_range": self.log_std_range, "orthogonal_init": self.orthogonal_init}
-        return super()._get_constructor_parameters() | own
-
-
-def initialise(module: nn.Module, orthogonal: bool) -> None:
-    """Draw new weights for every linear layer of `module`, from torch's global generator (fork it around the call)."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            if orthogonal:
-                nn.init.orthogonal_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            else:
-                layer.reset_parameters()
 
 
 class PreferenceSAC(SAC):
@@ -436,88 +384,6 @@ class PreferenceSAC(SAC):
         self.training_env.set_state(state["env_state"].numpy())
         self._last_obs = state["last_obs"].numpy()
         return True
-
-
-def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """tanh of a reparameterised Gaussian sample and its log-probability, with SB3's correction: [..., A], [...]."""
-    actions = torch.tanh(mean + log_std.exp() * noise)
-    log_prob = (-0.5 * noise.square() - log_std - LOG_SQRT_2PI).sum(-1)
-    return actions, log_prob - torch.log(1 - actions.square() + SQUASH_EPSILON).sum(-1)
-
-
-class _Distribution(nn.Module):
-    def __init__(self, actor: Actor) -> None:
-        super().__init__()
-        self.actor = actor
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std, _ = self.actor.get_action_dist_params(obs)
-        return mean, log_std
-
-
-class _Critics(nn.Module):
-    def __init__(self, critic: nn.Module) -> None:
-        super().__init__()
-        self.critic = critic
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return torch.cat(self.critic(obs, actions), dim=1).T
-
-
-def _copies(module: nn.Module) -> Params:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def _prefixed(prefix: str, params: Params) -> Params:
-    return {f"{prefix}.{name}": value for name, value in params.items()}
-
-
-class AgentView:
-    """The agent as reward updaters see it: a `pbrl.types.PolicyView` of pure functions."""
-
-    def __init__(self, agent: PreferenceSAC) -> None:
-        self._agent = agent
-        self._distribution = _Distribution(agent.actor)
-        self._critics = _Critics(agent.critic)
-
-    @property
-    def gamma(self) -> float:
-        return self._agent.gamma
-
-    @property
-    def alpha(self) -> float:
-        log_alpha = self._agent.log_ent_coef
-        return float(self._agent.ent_coef_tensor if log_alpha is None else log_alpha.detach().exp())
-
-    def parameters(self) -> Params:
-        return _copies(self._agent.actor)
-
-    def distribution(self, theta: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
-        rows = obs.reshape(-1, obs.shape[-1])  # SB3 flattens all but the first axis
-        mean, log_std = functional_call(self._distribution, _prefixed("actor", theta), (rows,))
-        return mean.reshape(*obs.shape[:-1], -1), log_std.reshape(*obs.shape[:-1], -1)
-
-    def log_prob(self, theta: Params, obs: Tensor, raw_actions: Tensor) -> Tensor:
-        mean, log_std = self.distribution(theta, obs)
-        return (-0.5 * ((raw_actions - mean) / log_std.exp()).square() - log_std - LOG_SQRT_2PI).sum(-1)
-
-    def critic_parameters(self) -> Params:
-        return _copies(self._agent.critic)
-
-    def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
-        return functional_call(self._critics, _prefixed("critic", critic), (obs, actions))
-
-    @torch.no_grad()
-    def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
-        mean, log_std = self._distribution(next_obs)
-        actions, log_prob = squash(mean, log_std, noise)
-        return torch.minimum(*self._agent.critic_target(next_obs, actions)).squeeze(1) - self.alpha * log_prob
-
-    def objective(self, theta: Params, obs: Tensor, noise: Tensor) -> Tensor:
-        """SAC's actor objective, maximised: mean over obs of min Q(s, a) − alpha log π_theta(a | s); float32 []."""
-        mean, log_std = self.distribution(theta, obs)
-        actions, log_prob = squash(mean, log_std, noise)
-        return (torch.minimum(*self._agent.critic(obs, actions)).squeeze(1) - self.alpha * log_prob).mean()
 
 
 def make_agent(

@@ -10,7 +10,6 @@ for the next run), what lies between the products is fused: without the explicit
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,12 +21,12 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pbrl.policy import LOG_SQRT_2PI, SQUASH_EPSILON, SquashedStdActor
+
 if TYPE_CHECKING:
     from pbrl.agent import PreferenceSAC
     from pbrl.replay import Batch
 
-LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-SQUASH_EPSILON = 1e-6  # SB3's, inside the logarithm of the tanh correction
 masked = torch.ops.aten.threshold_backward  # gradient where the activation is positive, else 0
 
 
@@ -316,8 +315,6 @@ class FastUpdate:
 
 def supports(agent: PreferenceSAC) -> bool:
     """Whether actor and critics are what `FastUpdate` differentiates: own or SB3's actor, flat observations, ReLU."""
-    from pbrl.agent import SquashedStdActor  # the agent imports this module
-
     actor, critic = agent.actor, agent.critic
     return (
         type(actor) in (Actor, SquashedStdActor)

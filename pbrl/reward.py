@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
-BLOCK = 2048  # rows of one forward pass without gradients: activations stay in the second-level cache
+BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
 
 
 ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a layer on one row, float32 [n]

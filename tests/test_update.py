@@ -14,8 +14,9 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 
 from envs.pointmass import PointMass
-from pbrl.agent import METRICS, PreferenceSAC, SquashedStdActor, make_agent
+from pbrl.agent import METRICS, PreferenceSAC, make_agent
 from pbrl.fast_update import FastUpdate, FusedAdam, Perceptron, supports
+from pbrl.policy import SquashedStdActor
 from pbrl.replay import Batch
 
 SIZE = (
