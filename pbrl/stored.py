@@ -7,7 +7,10 @@ may come from anywhere, so only classes of this project are called on its word. 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,32 @@ from pbrl.configuration import CONF, GROUPS, ConfigError
 
 OWN = ("pbrl", "envs", "teachers", "stable_baselines3.common.callbacks")  # whose classes may always be called
 AGENT = "pbrl.agent.make_agent"  # the one function that a config names
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path, seconds: int = 0) -> Iterator[None]:
+    """Within the block no other process works in this run's folder; a killed one's lock is free at once.
+
+    Args:
+        seconds: how long to wait for another process to end.
+
+    Raises:
+        ConfigError: if another process is still at work there, or the folder cannot be written to.
+    """
+    try:
+        file = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be worked in: {error}") from error
+    with file:
+        for left in range(seconds, -1, -1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise ConfigError(f"another process is at work in {run_dir}; wait for it or stop it") from None
+                time.sleep(1)
+        yield
 
 
 def read_config(run_dir: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:

@@ -7,7 +7,6 @@ process of its own, so that even a crash of one leaves the others alone; and a s
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -30,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.configuration import ConfigError, register_resolvers
-from pbrl.stored import differences
+from pbrl.stored import differences, lock
 
 register_resolvers()  # a launcher's worker imports this module and not pbrl.train
 
@@ -192,8 +191,7 @@ def main() -> None:
     cfg, choices, overrides, folder = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     try:
-        with (folder / "lock").open("w") as lock:
-            _wait_for(lock)
+        with lock(folder, LOCK_SECONDS):
             if _is_complete(folder):  # by whoever held the lock
                 return
             if (folder / "config.yaml").exists():
@@ -201,7 +199,7 @@ def main() -> None:
                 overrides = [f"{key}={'null' if cfg[key] is None else cfg[key]}" for key in ("threads", "device")]
             else:
                 cfg.run_dir = str(folder)
-            run(cfg, choices, overrides)
+            run(cfg, choices, overrides, locked=True)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -212,16 +210,6 @@ def _stop_when_alone() -> None:
         pass
     print("the sweep has ended", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)  # stops after this step and saves
-
-
-def _wait_for(lock: Any) -> None:
-    """Take the lock, which is free again as soon as the process that holds it ends."""
-    for _ in range(LOCK_SECONDS):
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(1)
-    raise ConfigError(f"another process is at work in {Path(lock.name).parent}")
 
 
 def _modules(cfg: DictConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from pbrl.configuration import ConfigError, first_error, register_resolvers
 from pbrl.listing import register
+from pbrl.stored import lock
 from pbrl.sweep import launcher_error, run_in_sweep
 
 register_resolvers()
@@ -55,8 +57,11 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str], locked: bool = False) -> dict[str, Any]:
     """One training run from a composed config; returns its summary.
+
+    Args:
+        locked: the caller holds the lock of the run's folder (`pbrl.stored.lock`); else it is taken here.
 
     Raises:
         ConfigError: before anything starts, if the config cannot work.
@@ -65,8 +70,12 @@ def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[
     from pbrl.building import build
     from pbrl.loop import Stopped
 
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
+        if isinstance(cfg.resume, str) and Path(cfg.resume).is_dir() and not locked:
+            stack.enter_context(lock(Path(cfg.resume)))
         loop = build(cfg, choices, overrides)
+        if cfg.resume is None and not locked:
+            stack.enter_context(lock(loop.run_dir))
         loop.stop, loop.on_asking = (lambda: interrupts.requested), interrupts.set_asking
         resume = f"python -m pbrl.train resume={loop.run_dir}"
         complete = False

@@ -29,7 +29,8 @@ from pbrl.checkpoint import CheckpointError, load_latest
 from pbrl.configuration import ConfigError
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
-from pbrl.stored import read_config
+from pbrl.stored import lock, read_config
+from pbrl.train import run
 from teachers.recorded import RecordedTeacher
 from tests.conftest import config, tiny_loop
 
@@ -69,6 +70,14 @@ def composed() -> Any:
 def stored(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of a finished run that may be damaged."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def test_two_processes_do_not_work_in_one_run(tiny_run: Path) -> None:
+    cfg, choices = config("env=pointmass", f"resume={tiny_run}")
+    with lock(tiny_run), pytest.raises(ConfigError, match=f"another process is at work in {tiny_run}"):
+        run(cfg, choices, [f"resume={tiny_run}"])
+    with lock(tiny_run):  # free again
+        pass
 
 
 def poison(stored: Path, name: str, data: bytes) -> None:

@@ -155,7 +155,8 @@ def test_a_sweep_joins_a_ray_cluster_that_asks_for_a_token(tmp_path: Path, ray_f
     subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
     folder = ray_folder / "head"
     command = [ray, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
-    head = subprocess.Popen([*command, f"--temp-dir={folder}"], text=True, start_new_session=True)
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    head = subprocess.Popen([*command, f"--temp-dir={folder}"], env=environment, text=True, start_new_session=True)
     try:
         while not (folder / "ray_current_cluster").exists():
             assert head.poll() is None
