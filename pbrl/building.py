@@ -65,6 +65,8 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
             loop.release()
             raise
         _compare_configs(run_dir)
+        if cfg != stored:  # `resume=RUN total_steps=…`: the next `resume=RUN` goes on to there as well
+            _refuse(lambda: _write_config(run_dir, cfg, choices))
     print(
         f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {cfg.teacher._target_} · "
         f"seed {cfg.seed} · {loop.agent.device} with {torch.get_num_threads()} thread(s) · {run_dir}"
@@ -246,10 +248,14 @@ def versions() -> dict[str, str]:
 
 
 def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
-    stored = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(stored, dict)
     write_atomically(run_dir / "command.txt", (" ".join(sys.argv) + "\n").encode())
     write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=1).encode())
+    _write_config(run_dir, cfg, choices)
+
+
+def _write_config(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
+    stored = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(stored, dict)
     config = OmegaConf.create({**stored, "resume": None, "choices": choices})
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config).encode())
 

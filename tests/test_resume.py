@@ -60,7 +60,8 @@ class Crash(Exception):
 def made(run_dir: Path, *more: str, resume: bool = False) -> Loop:
     """A loop that is ready to run."""
     tiny = [option for option in TINY if "updater=oracle" not in more or not option.startswith("updater.")]
-    overrides = [f"resume={run_dir}", "trust=[tests.test_resume]"] if resume else [*tiny, f"run_dir={run_dir}", *more]
+    there = [f"resume={run_dir}", "trust=[tests.test_resume]"] if resume else [*tiny, f"run_dir={run_dir}"]
+    overrides = [*there, *more]
     with initialize_config_module("pbrl.conf", version_base="1.3"):
         cfg = compose("train", overrides=overrides)
     return build(cfg, {"env": "pointmass", "teacher": "mistake"}, overrides)
@@ -302,6 +303,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     before = metrics(run)
     finish(made(run, resume=True))
     assert metrics(run) == before
+
+
+def test_a_later_end_is_remembered_by_the_next_resume(tmp_path: Path) -> None:
+    run = finish(made(tmp_path / "a", "total_steps=100"))
+    loop = made(run, "total_steps=150", resume=True)
+    loop.stop = lambda: loop.step >= 120
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    assert metrics(finish(made(run, resume=True)))[-1]["env_step"] == 150
 
 
 def test_stopping_twice_at_one_step_before_any_row_is_logged_keeps_the_log_whole(tmp_path: Path) -> None:
