@@ -22,12 +22,12 @@ from pbrl.exploration import Disagreement, StateEntropy
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
 from pbrl.replay import RelabelReplay
-from pbrl.reward import RewardEnsemble
+from pbrl.reward import RewardEnsemble, crops
 from pbrl.types import Answer, Params, Query, Segments
 from pbrl.updaters.mrn import critic_step, outer_loss, reward_weights
 from pbrl.updaters.pebble import Pebble
 from pbrl.updaters.rime import Rime, divergences
-from pbrl.updaters.surf import Surf, crops, pseudo_label_loss
+from pbrl.updaters.surf import Surf, pseudo_label_loss
 from tests.conftest import TINY, config, finish, rows, tiny_loop
 
 
@@ -104,7 +104,7 @@ def test_a_whole_surf_run_with_both_options_off_equals_a_pebble_run(tmp_path: Pa
 
 
 def test_crops_have_the_published_lengths_and_can_lie_anywhere() -> None:
-    first, second = crops(4000, 16, 10, 3, np.random.default_rng(0))
+    first, second = crops(4000, 16, 7, 13, np.random.default_rng(0))
     lengths = first.sum(1)
     assert torch.equal(lengths, second.sum(1)), "both segments of a pair keep the same number of steps"
     assert set(lengths.tolist()) == set(range(7, 14))
@@ -117,7 +117,7 @@ def test_crops_have_the_published_lengths_and_can_lie_anywhere() -> None:
 
 
 def test_crops_never_exceed_what_is_stored() -> None:
-    first, _ = crops(500, 10, 10, 3, np.random.default_rng(0))  # no margin: an imported data set
+    first, _ = crops(500, 10, 7, 13, np.random.default_rng(0))  # no margin: an imported data set
     assert set(first.sum(1).tolist()) == {7, 8, 9, 10}
 
 

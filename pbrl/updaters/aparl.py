@@ -41,7 +41,7 @@ class APARL:
     pathwise mixed derivative is taken here.
 
     Args:
-        epochs, batch_size, stop_accuracy: as for PEBBLE.
+        epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
         upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
@@ -67,10 +67,13 @@ class APARL:
         implicit: Implicit | None = None,
         gate: Gate | str | bool | None = None,
         clip: float | str = 0.1,
+        least_steps: int = 0,
+        crop: float = 0.0,
+        shrink: float = 0.0,
     ) -> None:
         check_upper(upper)
         check_share(earlier_share)
-        self.fit = Fitting(epochs, batch_size, stop_accuracy)
+        self.fit = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink)
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.implicit = Implicit() if implicit is None else implicit
         self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))

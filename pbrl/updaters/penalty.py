@@ -27,7 +27,7 @@ class Penalty:
     """Cross-entropy on fresh pairs, and the penalty bracket behind a gate.
 
     Args:
-        epochs, batch_size, stop_accuracy: as for PEBBLE.
+        epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
         upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
@@ -62,6 +62,9 @@ class Penalty:
         reference_weight: float = 0.1,
         gate: Gate | str | bool | None = None,
         clip: float | str = 0.1,
+        least_steps: int = 0,
+        crop: float = 0.0,
+        shrink: float = 0.0,
     ) -> None:
         check_upper(upper)
         check_share(earlier_share)
@@ -72,7 +75,7 @@ class Penalty:
                 f"updater.sigma={sigma}, sigma_decay={sigma_decay}, reference_weight={reference_weight}; "
                 "expected ≥ 0, in (0, 1] and ≥ 0"
             )
-        self.fit = Fitting(epochs, batch_size, stop_accuracy)
+        self.fit = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink)
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.first_sigma, self.sigma_decay = sigma, sigma_decay
         self.walk = Walk() if walk is None else walk

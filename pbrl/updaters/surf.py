@@ -11,21 +11,8 @@ from torch import Tensor
 
 from pbrl.losses import log_likelihood, preference_logits
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, answer_loss, train_epochs
+from pbrl.reward import RewardEnsemble, answer_loss, crops, train_epochs
 from pbrl.types import Segments, Session
-
-
-def crops(count: int, steps: int, horizon: int, spread: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Random crops of `count` pairs of `steps` steps (SURF): which steps count, bool [count, steps] each.
-
-    Both segments of a pair keep the same number of steps, ~ U{horizon − spread, …, horizon + spread} (at most `steps`),
-    from independent, uniformly drawn starts.
-    """
-    lengths = rng.integers(horizon - spread, min(horizon + spread, steps), size=count, endpoint=True)
-    first, second = (rng.integers(0, steps - lengths, endpoint=True) for _ in range(2))
-    step = np.arange(steps)[None]
-    kept = [(step >= start[:, None]) & (step < (start + lengths)[:, None]) for start in (first, second)]
-    return torch.from_numpy(kept[0]), torch.from_numpy(kept[1])
 
 
 def pseudo_label_loss(logits: Tensor, cropped_logits: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +90,7 @@ class Surf:
         shares: list[Tensor] = []
 
         def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-            kept = crops(len(index), horizon + 2 * margin, horizon, self.margin, rng) if self.margin else None
+            kept = self._crops(len(index), horizon, margin, rng) if self.margin else None
             value, hits, decided = answer_loss(
                 reward, member, first[index], second[index], labels[torch.from_numpy(index)], kept
             )
@@ -125,6 +112,9 @@ class Surf:
         if shares:
             metrics["surf/confident"] = float(torch.stack(shares).mean())
         return metrics
+
+    def _crops(self, count: int, horizon: int, margin: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return crops(count, horizon + 2 * margin, horizon - self.margin, horizon + self.margin, rng)
 
     def _epochs(self, labels: int) -> int:
         if self.steps_per_label is None:
@@ -153,7 +143,7 @@ class Surf:
         center = slice(self.margin, self.margin + horizon)
         logits = preference_logits(first[:, center].detach(), second[:, center].detach())
         if self.margin:
-            kept = crops(len(index), horizon + 2 * self.margin, horizon, self.margin, rng)
+            kept = self._crops(len(index), horizon, self.margin, rng)
             first, second = first * kept[0].to(reward.device), second * kept[1].to(reward.device)
         return pseudo_label_loss(logits, preference_logits(first, second), self.confidence)
 
