@@ -46,8 +46,8 @@ TINY = [
     "eval.episodes=2",
 ]
 MORE = {
-    "aparl": ["reward.activation=silu"],
-    "penalty": ["reward.activation=silu"],
+    "aparl": ["reward.activation=silu", "updater.least_steps=6"],
+    "penalty": ["reward.activation=silu", "updater.least_steps=6"],
     "fresh": ["updater.pairs=fresh"],
     "surf": ["updater.steps_per_label=null"],  # fewer steps than it takes by default
 }
