@@ -278,7 +278,8 @@ class Fitting:
         crop: share of a pair's steps, in [0, 1), of which a random part is left out each time it is drawn (QPA's
             augmentation; see `crops`). It teaches which steps were good, not only which segments.
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
-            rewards' common level open; without this it drifts to where the tanh is flat.
+            rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
+            times (H / 50)² for H, as answers are about sums of H rewards.
 
     Raises:
         ValueError: for a number out of range.
@@ -315,12 +316,13 @@ class Fitting:
         first, second, labels = preferences.first, preferences.second, preferences.prefers_first
         steps = preferences.horizon
         shortest = max(round((1 - self.crop) * steps), 1)
+        shrink = self.shrink * (steps / 50) ** 2
 
         def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             chosen = index if rows is None else rows[index]
             kept = crops(len(index), steps, shortest, steps, rng) if self.crop else None
             answers = labels[torch.from_numpy(chosen)]
-            return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, self.shrink)
+            return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
 
         return train_epochs(
             reward,

@@ -44,7 +44,15 @@ METHODS = {
         "updater.crop=2",
     ),
     "mrn": ("updater=mrn", "updater.meta_every=50"),
-    "rime": ("updater=rime", "updater.warm_updates=200", "reward.learning_rate=1e-3", "teacher=mistake"),
+    # its denoising is judged here: its own pretraining and warm start need more steps than these
+    "rime": (
+        "updater=rime",
+        "updater.warm_updates=200",
+        "reward.learning_rate=1e-3",
+        "teacher=mistake",
+        "pretraining.bounded=false",
+        "pretraining.reset_critic=true",
+    ),
     "qpa": ("updater=pebble", "query=near-policy", "agent.hybrid_ratio=0.5", "agent.hybrid_steps=500"),
     "rune": ("updater=pebble", "agent.disagreement_bonus=0.05", "agent.disagreement_decay=1e-3"),
     "reed": ("updater=pebble", "reward=reed", "reward.hidden=[64,64]", "reward.embedding=64", "reward.max_updates=200"),
