@@ -22,14 +22,15 @@ from pbrl.preferences import Preferences
 from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.rollouts import Rollouts
 
-WAYS = {  # batch, optimiser steps, crop, shrink
-    "10 steps (about where 97 % stops)": (32, 10, 0.0, 0.0),
-    "50 steps": (32, 50, 0.0, 0.0),
-    "150 steps": (32, 150, 0.0, 0.0),
-    "150 steps, crops": (32, 150, 0.3, 0.0),
-    "150 steps, small rewards": (32, 150, 0.0, 0.3),
-    "150 steps, crops, small rewards": (32, 150, 0.3, 0.3),
-    "100 steps, crops, small rewards (A-PARL's)": (32, 100, 0.3, 0.3),
+WAYS = {  # batch, optimiser steps, crop, shrink, precision
+    "10 steps (about where 97 % stops)": (32, 10, 0.0, 0.0, "fp32"),
+    "50 steps": (32, 50, 0.0, 0.0, "fp32"),
+    "150 steps": (32, 150, 0.0, 0.0, "fp32"),
+    "150 steps, crops": (32, 150, 0.3, 0.0, "fp32"),
+    "150 steps, small rewards": (32, 150, 0.0, 0.3, "fp32"),
+    "150 steps, crops, small rewards": (32, 150, 0.3, 0.3, "fp32"),
+    "100 steps, crops, small rewards (A-PARL's)": (32, 100, 0.3, 0.3, "fp32"),
+    "A-PARL's in bf16": (32, 100, 0.3, 0.3, "bf16"),
 }
 AFTER = 5000  # environment steps
 SEEDS = (0, 1)
@@ -82,11 +83,11 @@ def main() -> None:
         if "feedback/session" in row
     ]
     rows = []
-    for (way, (batch, steps, crop, shrink)), session in itertools.product(WAYS.items(), options.sessions):
+    for (way, (batch, steps, crop, shrink, precision)), session in itertools.product(WAYS.items(), options.sessions):
         answered = np.flatnonzero(preferences.session < session)
         found = []
         for seed in SEEDS:
-            reward = RewardEnsemble(obs_dim, act_dim, members=1, seed=seed)
+            reward = RewardEnsemble(obs_dim, act_dim, members=1, seed=seed, precision=precision)
             Fitting(1, batch, 0.0, steps, crop, shrink)(reward, preferences, np.random.default_rng(seed), answered)
             found.append(correlations(reward, rollouts, asked_at[session - 1], horizon))
         by_segment, by_step = np.mean(found, axis=0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ class FusedAdam:
             self.optimizer.step()
             return
         group = self.optimizer.param_groups[0]
-        torch._foreach_add_(self._steps, 1)  # the fused kernel does not count
+        self._count += 1  # the fused kernel does not count
         torch._fused_adam_(
             self.params,
             grads,
@@ -76,7 +77,10 @@ class FusedAdam:
             every = [state[param] for param in self.params]
             self._means = [one["exp_avg"] for one in every]
             self._squares = [one["exp_avg_sq"] for one in every]
-            self._steps = [one["step"] for one in every]
+            self._count = torch.stack([one["step"] for one in every])
+            self._steps = list(self._count.unbind())
+            for one, step in zip(every, self._steps, strict=True):
+                one["step"] = step  # the same numbers, side by side
             self._first = first
         return True
 
@@ -89,49 +93,69 @@ class Trace(NamedTuple):
 
     def rows(self, rows: Tensor | slice) -> Trace:
         """The trace of some rows."""
-        return Trace([one[rows] for one in self.inputs], self.weights)
+        return Trace([one[..., rows, :] for one in self.inputs], self.weights)
 
 
-class Perceptron:
-    """Hidden linear layers with ReLU and one linear last layer (of one or several heads), over inputs [B, ·].
+class Perceptrons:
+    """Networks of one shape: hidden linear layers with ReLU and one linear last layer, of one or several heads.
 
+    Several networks are multiplied at once; a leading axis [n, …] of values, gradients and traces then counts them.
     The parameters are the modules' own; nothing is kept between calls.
+
+    Args:
+        nets: for each network its hidden layers and its heads.
+        dtype: of the hidden layers' products.
     """
 
-    def __init__(self, hidden: list[nn.Linear], heads: list[nn.Linear], dtype: torch.dtype) -> None:
-        self.params: list[Tensor] = [param for layer in (*hidden, *heads) for param in (layer.weight, layer.bias)]
-        self.hidden: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in hidden]
-        self.heads: list[tuple[Tensor, Tensor]] = [(head.weight, head.bias) for head in heads]
-        self.outputs = [head.out_features for head in heads]
-        self.dtype = dtype
+    def __init__(self, nets: list[tuple[list[nn.Linear], list[nn.Linear]]], dtype: torch.dtype) -> None:
+        self.count, self.dtype = len(nets), dtype
+        self.outputs = [head.out_features for head in nets[0][1]]
+        every = [[*([layer] for layer in hidden), heads] for hidden, heads in nets]
+        self.layers = [list(layer) for layer in zip(*every, strict=True)]  # of each, the networks'; of those, the heads
+        self.params: list[Tensor] = [
+            param for layer in self.layers for heads in layer for head in heads for param in (head.weight, head.bias)
+        ]
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Trace]:
-        """The last layer's values, [B, heads], and what the derivative needs."""
-        trace = Trace([], [])
-        for weight, bias in self.hidden:
-            inputs, weight, bias = inputs.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype)
+        """The last layer's values, [(n,) B, heads], for inputs [B, ·], and what the derivative needs."""
+        trace, last = Trace([], []), len(self.layers) - 1
+        if self.count > 1:
+            inputs = inputs.expand(self.count, *inputs.shape)
+        for i in range(last + 1):
+            weight, bias = (self._joined(i, name) for name in ("weight", "bias"))
+            dtype = self.dtype if i < last else weight.dtype
+            inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
             trace.inputs.append(inputs)
             trace.weights.append(weight)
-            inputs = linear(inputs, weight, bias).relu_()
-        weight, bias = self.heads[0]
-        if len(self.heads) > 1:
-            weight, bias = (torch.cat(both) for both in zip(*self.heads, strict=True))
-        inputs = inputs.to(weight.dtype)
-        trace.inputs.append(inputs)
-        trace.weights.append(weight)
-        return linear(inputs, weight, bias), trace
+            if self.count > 1:
+                inputs = torch.baddbmm(bias.unsqueeze(1), inputs, weight.mT)
+            else:
+                inputs = linear(inputs, weight, bias)
+            if i < last:
+                inputs = inputs.relu_()
+        return inputs, trace
+
+    def _joined(self, i: int, name: str) -> Tensor:
+        """Weight [(n,) out, in] or bias [(n,) out] of layer i: heads one below the other, networks side by side."""
+        parts = [[getattr(head, name) for head in heads] for heads in self.layers[i]]
+        nets = [torch.cat(heads) if len(heads) > 1 else heads[0] for heads in parts]
+        return torch.stack(nets) if len(nets) > 1 else nets[0]
 
     def backward(self, trace: Trace, grad: Tensor) -> list[Tensor]:
-        """The parameters' gradients, in the order of `params`, given the loss's gradient [B, heads]."""
+        """The parameters' gradients, in the order of `params`, given the loss's gradient [(n,) B, heads]."""
         grads: list[Tensor] = []
-        for i in range(len(trace.weights) - 1, -1, -1):
-            dtype = self.heads[0][0].dtype
-            both = (grad.t() @ trace.inputs[i]).to(dtype), grad.sum(0, dtype=dtype)
-            if not grads and len(self.heads) > 1:
-                both_split = [one.split(self.outputs) for one in both]
-                grads = [one for pair in zip(*both_split, strict=True) for one in pair]
-            else:
-                grads = [*both, *grads]
+        last, dtype = len(self.layers) - 1, trace.weights[-1].dtype
+        for i in range(last, -1, -1):
+            both = (grad.mT @ trace.inputs[i]).to(dtype), grad.sum(-2, dtype=dtype)
+            nets = [one.unbind() if self.count > 1 else (one,) for one in both]
+            here: list[Tensor] = []
+            for weight, bias in zip(*nets, strict=True):
+                if i == last and len(self.outputs) > 1:
+                    heads = zip(weight.split(self.outputs), bias.split(self.outputs), strict=True)
+                    here += [one for head in heads for one in head]
+                else:
+                    here += [weight, bias]
+            grads = here + grads
             if i:
                 grad = self._through(trace, i, grad)
         return grads
@@ -139,14 +163,14 @@ class Perceptron:
     def _through(self, trace: Trace, i: int, grad: Tensor) -> Tensor:
         """The loss's gradient before the ReLU that gave layer i its inputs, given the one after layer i."""
         weight = trace.weights[i]
-        grad = grad * weight if len(weight) == 1 else grad @ weight
+        grad = grad * weight if weight.shape[-2] == 1 else grad @ weight
         return masked(grad, trace.inputs[i], 0).to(self.dtype)
 
     def input_gradient(self, trace: Trace, grad: Tensor, first: int) -> Tensor:
-        """The gradient of the inputs from column `first` on: [n, ·] for the loss's gradient [n, 1]."""
+        """The gradient of the inputs from column `first` on: [(n,) B, ·] for the loss's gradient [(n,) B, 1]."""
         for i in range(len(trace.weights) - 1, 0, -1):
             grad = self._through(trace, i, grad)
-        return (grad @ trace.weights[0][:, first:]).to(trace.weights[-1].dtype)
+        return (grad @ trace.weights[0][..., first:]).to(trace.weights[-1].dtype)
 
 
 class Sampled(NamedTuple):
@@ -170,12 +194,18 @@ class FastUpdate:
         self.agent = agent
         actor: Any = agent.actor
         self.log_std_range = getattr(actor, "log_std_range", None)
-        self.actor = Perceptron(_linear(actor.latent_pi), [actor.mu, actor.log_std], dtype)
+        self.actor = Perceptrons([(_linear(actor.latent_pi), [actor.mu, actor.log_std])], dtype)
+        # one product for both critics gives each thread one of them; with one thread, or in fp32, two are faster
+        # (measured: experiments.benchmarks update)
+        self.together = agent.device.type == "cuda" or (dtype != torch.float32 and torch.get_num_threads() > 1)
         self.critics, self.targets = (
-            [Perceptron(_linear(net)[:-1], _linear(net)[-1:], dtype) for net in critic.q_networks]
-            for critic in (agent.critic, agent.critic_target)
+            [Perceptrons(nets, dtype)] if self.together else [Perceptrons([net], dtype) for net in nets]
+            for nets in (
+                [(_linear(net)[:-1], _linear(net)[-1:]) for net in critic.q_networks]
+                for critic in (agent.critic, agent.critic_target)
+            )
         )
-        critic_params = [param for net in self.critics for param in net.params]
+        critic_params = [param for nets in self.critics for param in nets.params]
         self.actor_adam = FusedAdam(actor.optimizer, self.actor.params)
         self.critic_adam = FusedAdam(agent.critic.optimizer, critic_params)
         # dQ/da of all rows, masked, instead of some: choosing would wait for a GPU, and bf16 products are compiled for
@@ -201,7 +231,12 @@ class FastUpdate:
         began, before = time.monotonic(), self.whole
         self.whole = True
         eager = self._critic_stage, self._actor_stage
-        stages = [torch.compile(stage, fullgraph=True, dynamic=False) for stage in eager]
+        # not looking each time at what never changes (this object, kinds of parameters) saves a twentieth
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        compiled: Any = torch.compile  # whose types do not know isolate_recompiles
+        stages = [
+            compiled(stage, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options) for stage in eager
+        ]
         with config.patch(compile_threads=1), warnings.catch_warnings():  # here, not in processes that would stay
             warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's, about itself
             try:
@@ -253,13 +288,10 @@ class FastUpdate:
         next_q = torch.minimum(*self._values(self.targets, batch.next_obs, sampled.actions[size:])[0])
         target = batch.rewards + batch.not_done * self.gamma * (next_q - alpha * log_probs[size:])
         values, traces = self._values(self.critics, batch.obs, batch.actions)
-        errors = [value - target for value in values]
-        loss = torch.stack(errors).square().sum() / (2 * size)
-        grads = [
-            grad
-            for net, kept, error in zip(self.critics, traces, errors, strict=True)
-            for grad in net.backward(kept, (error / size).unsqueeze(1))
-        ]
+        errors = values - target
+        loss = errors.square().sum() / (2 * size)
+        parts = zip(self.critics, traces, self._parts((errors / size).unsqueeze(2)), strict=True)
+        grads = [grad for nets, trace, part in parts for grad in nets.backward(trace, part)]
         return alpha, log_probs[:size], here, trace.rows(slice(size)), grads, loss
 
     def _actor_stage(
@@ -292,24 +324,30 @@ class FastUpdate:
         density = (torch.log(rest + SQUASH_EPSILON) + log_std + 0.5 * noise.square()).sum(1)
         return Sampled(actions, rest, deviation, slope), -(density + mean.shape[1] * LOG_SQRT_2PI)
 
-    @staticmethod
-    def _values(critics: list[Perceptron], obs: Tensor, actions: Tensor) -> tuple[list[Tensor], list[Trace]]:
-        """Each critic's values [B] and traces."""
-        inputs = torch.cat([obs, actions], dim=1)
-        both = [critic.forward(inputs) for critic in critics]
-        return [value.squeeze(1) for value, _ in both], [trace for _, trace in both]
+    def _parts(self, both: Tensor) -> Sequence[Tensor]:
+        """What belongs to each of `self.critics`, of something of both critics [2, …]."""
+        return [both] if self.together else both.unbind()
 
-    def _action_gradient(self, values: list[Tensor], traces: list[Trace], obs_dim: int) -> Tensor:
+    def _values(self, critics: list[Perceptrons], obs: Tensor, actions: Tensor) -> tuple[Tensor, list[Trace]]:
+        """Both critics' values [2, B] and the traces of `critics`."""
+        inputs = torch.cat([obs, actions], dim=1)
+        values, traces = zip(*(nets.forward(inputs) for nets in critics), strict=True)
+        return (values[0] if self.together else torch.stack(values)).squeeze(2), list(traces)
+
+    def _action_gradient(self, values: Tensor, traces: list[Trace], obs_dim: int) -> Tensor:
         """dQ/da [B, A] of the lower critic in each row (autograd halves it between exactly equal critics)."""
         second = values[1] < values[0]
-        gradient = values[0].new_zeros(len(second), self.act_dim)
-        for net, trace, chosen in zip(self.critics, traces, (~second, second), strict=True):
-            if self.whole:
-                gradient = gradient + net.input_gradient(trace, chosen.to(gradient.dtype).unsqueeze(1), obs_dim)
-            else:
-                rows = chosen.nonzero().squeeze(1)
-                some = net.input_gradient(trace.rows(rows), gradient.new_ones(len(rows), 1), obs_dim)
-                gradient.index_copy_(0, rows, some)
+        chosen = torch.stack([~second, second])
+        gradient = values.new_zeros(len(second), self.act_dim)
+        if self.whole:
+            for nets, trace, part in zip(self.critics, traces, self._parts(chosen.unsqueeze(2)), strict=True):
+                found = nets.input_gradient(trace, part.to(values.dtype), obs_dim)
+                gradient = gradient + (found.sum(0) if self.together else found)
+            return gradient
+        for nets, trace, part in zip(self.critics, traces, chosen, strict=True):
+            rows = part.nonzero().squeeze(1)
+            found = nets.input_gradient(trace.rows(rows), values.new_ones(len(rows), 1), obs_dim)
+            gradient.index_copy_(0, rows, found)
         return gradient
 
 

@@ -186,6 +186,7 @@ class Loop:
             self._show_pairs(self.pending, answer)
             parts.preferences.add(self.pending, answer, self.sessions)
             self.session.new_pairs = int(answer.given.sum())
+            self.session.fresh_pairs = int(answer.given[len(answer.given) - self.session.fresh_asked :].sum())
             self.pending = None
         self.sessions += 1
         if len(parts.preferences):
@@ -223,6 +224,7 @@ class Loop:
     def _select(self) -> Query:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out first.
 
+        Those about everything kept come first, then those about the present policy: its fresh steps and branches.
         The first session asks about everything seen so far: before any reward there is no policy to be fresh about,
         and what pretraining has visited covers more.
         """
@@ -235,16 +237,23 @@ class Loop:
             session.collect_fresh(2 * count * horizon if steps is None else steps)
         rule: QueryRule = parts.query if self.sessions else Uniform()  # first session: the reward knows nothing yet
         branched = round(getattr(parts.query, "branch_share", 0.0) * count)
-        questions = []
-        if count > branched:
-            since = max(self._recent(parts.query), session.fresh_from if fresh else 0)
-            candidates = parts.rollouts.query((count - branched) * rule.pool, horizon, self.query_rng, since, margin)
-            choose: Choose = rule  # type: ignore[assignment]
-            chosen = choose(candidates, count - branched, parts.reward, parts.preferences, self.query_rng)
-            questions.append(candidates[chosen])
+        about_fresh = round(self.feedback.fresh_share * (count - branched)) if fresh else 0
+        questions = [
+            self._choose(rule, number, since, margin)
+            for number, since in ((count - branched - about_fresh, 0), (about_fresh, session.fresh_from))
+            if number
+        ]
         if branched:
             questions.append(session.branch_query(branched, horizon, self.query_rng, margin))
+        session.fresh_asked = about_fresh + branched
         return Query.cat(questions)
+
+    def _choose(self, rule: QueryRule, count: int, since: int, margin: int) -> Query:
+        """The rule's choice of `count` questions about what happened from step index `since` on."""
+        parts, since = self.parts, max(since, self._recent(self.parts.query))
+        candidates = parts.rollouts.query(count * rule.pool, self.segment_length, self.query_rng, since, margin)
+        choose: Choose = rule  # type: ignore[assignment]
+        return candidates[choose(candidates, count, parts.reward, parts.preferences, self.query_rng)]
 
     def _recent(self, rule: QueryRule) -> int:
         return 0 if rule.recent_episodes is None else self.parts.rollouts.since_episodes(rule.recent_episodes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +25,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
-
+BLOCK_PAIRS = 32  # pairs of one forward and backward pass: likewise
+PRECISIONS = ("fp32", "bf16")
 
 ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a layer on one row, float32 [n]
     nn.Linear: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
@@ -39,15 +40,23 @@ ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a
 
 
 class Layers(nn.Sequential):
-    """A sequence that calls its layers' `forward` and none of their hooks, and knows a quick way for one row."""
+    """A sequence that calls its layers' `forward` and none of their hooks, and knows a quick way for one row.
+
+    With `bf16` the products of all but the last linear layer are computed in bfloat16; weights stay as they are.
+    """
+
+    bf16 = False
 
     def forward(self, inputs: Tensor) -> Tensor:
-        for layer in self:
-            inputs = layer.forward(inputs)
-        return inputs
+        layers: list[Any] = list(self)
+        *hidden, last, output = layers
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                inputs = layer.forward(inputs)
+        return output.forward(last.forward(inputs.to(last.weight.dtype)))
 
     def row(self, x: np.ndarray) -> np.ndarray:
-        """The same for one row, float32 [n] to [m], without torch's calls: a third of the time."""
+        """The same for one row in full precision, float32 [n] to [m], without torch's calls: a third of the time."""
         for layer in self:
             x = ROWWISE[type(layer)](layer, x)
         return x
@@ -65,9 +74,10 @@ class RewardEnsemble(nn.Module):
         output: tanh (rewards in (−1, 1), as published), sigmoid or linear.
         learning_rate: of the one Adam over all members.
         seed: of the initial weights.
+        precision: fp32, or bf16: hidden layers' products in bfloat16, in training and for more than one row.
 
     Raises:
-        ValueError: for fewer than one member or an unknown activation or output.
+        ValueError: for fewer than one member or an unknown activation, output or precision.
     """
 
     def __init__(
@@ -80,11 +90,17 @@ class RewardEnsemble(nn.Module):
         output: str = "tanh",
         learning_rate: float = 3e-4,
         seed: int = 0,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         if members < 1:
             raise ValueError(f"reward.members={members}; expected at least 1")
-        for name, value, known in (("activation", activation, ACTIVATIONS), ("output", output, OUTPUTS)):
+        choices: list[tuple[str, str, Iterable[str]]] = [
+            ("activation", activation, ACTIVATIONS),
+            ("output", output, OUTPUTS),
+            ("precision", precision, PRECISIONS),
+        ]
+        for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"reward.{name}={value}; expected one of {', '.join(known)}")
         with torch.random.fork_rng(devices=[]):
@@ -92,6 +108,8 @@ class RewardEnsemble(nn.Module):
             self.members = nn.ModuleList(
                 self._build(obs_dim + act_dim, hidden, ACTIVATIONS[activation], OUTPUTS[output]) for _ in range(members)
             )
+        for member in self.members:
+            member.bf16 = precision == "bf16"  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
 
     @staticmethod
@@ -203,7 +221,7 @@ def crops(count: int, steps: int, shortest: int, longest: int, rng: np.random.Ge
 
 
 class MemberLoss(Protocol):
-    """Loss of one member on the preference pairs at `index`: (loss [], right answers [], decided labels [])."""
+    """Mean loss of one member on the pairs at `index`: (loss [], right answers [], decided labels [])."""
 
     def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -222,7 +240,8 @@ def train_epochs(
 ) -> dict[str, float]:
     """B-Pref's training of a reward ensemble (REFERENCE: `train_reward`), each member on its own shuffled mini-batches.
 
-    One optimiser step per mini-batch on the sum of the members' losses; stops after the first epoch in which the
+    One optimiser step per mini-batch on the sum of the members' losses, taken in blocks of pairs that stay in the cache
+    (1.3 times as fast at 128 pairs of 50 steps); stops after the first epoch in which the
     accuracy, averaged over members and measured while training, exceeds `stop_accuracy`.
 
     Args:
@@ -249,11 +268,12 @@ def train_epochs(
             reward.optimizer.zero_grad(set_to_none=True)
             for m in members:
                 index = orders[m][start : start + batch_size]
-                value, right, counted = loss(m, index)
-                value.backward()  # gradients add up: the sum's, one member at a time
-                losses += value.detach().cpu() * len(index)
-                hits += right.cpu()
-                decided += counted.cpu()
+                for block in (index[i : i + BLOCK_PAIRS] for i in range(0, len(index), BLOCK_PAIRS)):
+                    value, right, counted = loss(m, block)
+                    (value * (len(block) / len(index))).backward()  # gradients add up to the whole's
+                    losses += value.detach().cpu() * len(block)
+                    hits += right.cpu()
+                    decided += counted.cpu()
             if extra_gradient is not None:
                 extra_gradient()
             reward.optimizer.step()

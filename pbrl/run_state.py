@@ -28,7 +28,7 @@ def save(loop: Loop) -> None:
         "last": loop.last,
         "rollouts": parts.rollouts.state(),
         "entropy": loop.entropy.state(),
-        "fresh": [loop.session.fresh_from, loop.session.fresh_to],
+        "fresh": [loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked],
         "rngs": [rng.bit_generator.state for rng in loop.rngs()],
         "teacher": parts.teacher.state_dict() if hasattr(parts.teacher, "state_dict") else None,
         "journal": parts.journal.position,
@@ -66,7 +66,7 @@ def restore(loop: Loop, loaded: Loaded) -> None:
     loop.due, loop.sessions, loop.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
     loop.last, loop.seconds_before = run["last"], run["seconds"]
     loop.entropy.load_state(run["entropy"])
-    loop.session.fresh_from, loop.session.fresh_to = run["fresh"]
+    loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked = run["fresh"]
     for rng, rng_state in zip(loop.rngs(), run["rngs"], strict=True):
         rng.bit_generator.state = rng_state
     if run["teacher"] is not None and hasattr(parts.teacher, "load_state_dict"):

@@ -19,6 +19,8 @@ class Feedback:
         schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.
+        fresh_share: share of such an updater's questions, in [0, 1], that are about the fresh steps; the others are
+            about everything kept.
         catch_up: do the gradient steps that were left out during a session's environment steps after its update.
         memory_steps: recent environment steps kept for questions.
         video: film the first five pairs of each session, with their answers.
@@ -30,6 +32,7 @@ class Feedback:
     start: int | None = None
     schedule: str = "constant"
     fresh_steps: int | None = None
+    fresh_share: float = 0.5
     catch_up: bool = True
     memory_steps: int = 100_000
     video: bool = False
@@ -47,6 +50,8 @@ class Feedback:
             raise ValueError(f"feedback.schedule={self.schedule}; expected constant, decay or increase")
         if self.fresh_steps is not None and self.fresh_steps < 0:
             raise ValueError(f"feedback.fresh_steps={self.fresh_steps}; expected at least 0, or null")
+        if not 0 <= self.fresh_share <= 1:
+            raise ValueError(f"feedback.fresh_share={self.fresh_share}; expected a share in [0, 1]")
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
         """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""

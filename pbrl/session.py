@@ -29,6 +29,8 @@ class AgentSession:
         self.fresh_from = 0  # index of the first step of this session's fresh rollouts
         self.fresh_to = 0
         self.new_pairs = 0  # answered in this session
+        self.fresh_asked = 0  # the last questions of this session, those about the present policy
+        self.fresh_pairs = 0  # of them, those answered
 
     @property
     def env_step(self) -> int:

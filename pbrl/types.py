@@ -195,6 +195,7 @@ class Session(Protocol):
 
     rng: np.random.Generator  # the updater's own generator; the loop saves and restores it
     new_pairs: int  # pairs answered in this session: the last rows of the preferences
+    fresh_pairs: int  # of them, those about the present policy: the last rows again; fewer if feedback.fresh_share < 1
 
     @property
     def policy(self) -> PolicyView:

@@ -77,7 +77,7 @@ class GaussianSession:
     def __init__(self, seed: int, episodes: int = 64) -> None:
         self.rng, self.policy = np.random.default_rng(seed), GaussianPolicy()
         self.episodes = self._roll(self.policy.theta, episodes)
-        self.new_pairs = episodes // 2
+        self.new_pairs = self.fresh_pairs = episodes // 2
         self.rolled = 0
 
     def _roll(self, theta: dict[str, Tensor], count: int) -> Segments:

@@ -73,6 +73,25 @@ def test_fresh_pairs_are_collected_without_learning_and_their_updates_made_up_fo
     )  # one per step after the random ones, 5 after pretraining
 
 
+@pytest.mark.parametrize(("share", "fresh"), [("0.4", 2), ("1.0", 5), ("0.0", 0)])
+def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: str, fresh: int) -> None:
+    loop = tiny_loop(tmp_path / "run", "updater.pairs=fresh", f"feedback.fresh_share={share}", "total_steps=900")
+    seen: list[int] = []
+    teacher, session = loop.parts.teacher, loop.session
+
+    def spy(query: Query) -> Answer:
+        steps = {row.numpy().tobytes() for episode in session.fresh() for row in episode.obs[0]}
+        about = [obs.numpy().tobytes() in steps for obs in query.first.obs[:, 0]]
+        assert all(about[5 - session.fresh_asked :]), "those about fresh steps come last"
+        seen.append(session.fresh_asked)
+        return teacher(query)
+
+    loop.parts.teacher = spy
+    finish(loop)
+    assert seen == [0, fresh, fresh], "the first session has no fresh steps"
+    assert session.fresh_pairs == fresh
+
+
 def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
     asked: list[Query] = []

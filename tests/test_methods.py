@@ -70,6 +70,7 @@ def session(new_pairs: int = 0, seed: int = 0) -> Any:
         rng=rng,
         env_step=5000,
         new_pairs=new_pairs,
+        fresh_pairs=new_pairs,
         unlabelled=lambda count, horizon: (segments(count, horizon, rng), segments(count, horizon, rng)),
         transitions=transitions,
         novelty=lambda obs, nearest: obs.norm(dim=1),
@@ -316,7 +317,7 @@ def test_rime_trains_its_inner_updater_on_the_flipped_labels() -> None:
     kept = trusted | flipped
     assert torch.equal(seen[0][0], torch.where(flipped, 1 - given, given)[kept])
     assert [new for _, new in seen] == [int(kept[-35:].sum()), 0], "new pairs are shown as new once"
-    assert now.new_pairs == 35
+    assert (now.new_pairs, now.fresh_pairs) == (35, 35)
 
 
 def test_rime_starts_warm_from_the_novelty() -> None:

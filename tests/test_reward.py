@@ -90,7 +90,9 @@ def test_building_does_not_touch_the_global_generator() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("options", [{"members": 0}, {"activation": "gelu"}, {"output": "softmax"}])
+@pytest.mark.parametrize(
+    "options", [{"members": 0}, {"activation": "gelu"}, {"output": "softmax"}, {"precision": "fp8"}]
+)
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         RewardEnsemble(3, 1, **options)
@@ -125,6 +127,42 @@ def test_training_learns_unseen_preferences() -> None:
     logits = reward.preference_logits(first[200:], second[200:]).mean(0)
     hits, decided = correct(logits, labels[200:])
     assert hits / decided > 0.8  # 100 unseen pairs; guessing: 0.8 has probability 6e-10
+
+
+def fitted(size: int, precision: str = "fp32") -> tuple[RewardEnsemble, dict[str, float]]:
+    """Three epochs of Adam on `size` pairs in one batch."""
+    first, second, labels = linear_task(size)
+    reward = RewardEnsemble(3, 1, hidden=(32, 32), precision=precision)
+
+    def loss(member: int, index: np.ndarray):
+        a, b, y = first[index], second[index], labels[index]
+        left, right = reward.member(member, a.obs, a.actions), reward.member(member, b.obs, b.actions)
+        return bradley_terry_loss(left, right, y), *correct(preference_logits(left.detach(), right.detach()), y)
+
+    rng = np.random.default_rng(0)
+    metrics = train_epochs(reward, loss, size, batch_size=size, max_epochs=3, stop_accuracy=2.0, rng=rng)
+    return reward, metrics
+
+
+def test_training_in_blocks_equals_training_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, metrics = fitted(75)  # 32, 32, 11
+    monkeypatch.setattr("pbrl.reward.BLOCK_PAIRS", 75)
+    whole, expected = fitted(75)
+    for a, b in zip(blocks.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_bf16_training_and_prediction_stay_near_full_precision() -> None:
+    (exact, _), (rounded, metrics) = fitted(64), fitted(64, "bf16")
+    obs, actions = np.random.default_rng(2).normal(size=(200, 3)), np.zeros((200, 1))
+    expected, found = (r.predict(obs.astype(np.float32), actions.astype(np.float32)) for r in (exact, rounded))
+    assert found.dtype == np.float32
+    assert not np.array_equal(expected, found)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    one = rounded.predict(obs[:1].astype(np.float32), actions[:1].astype(np.float32))
+    np.testing.assert_allclose(one, found[:, :1], atol=0.02)
+    assert metrics["reward/epochs"] == 3
 
 
 def test_a_diverged_loss_is_reported() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from envs.pointmass import PointMass
 from pbrl.agent import METRICS, PreferenceSAC, make_agent
-from pbrl.fast_update import FastUpdate, FusedAdam, Perceptron, supports
+from pbrl.fast_update import FastUpdate, FusedAdam, Perceptrons, supports
 from pbrl.policy import SquashedStdActor
 from pbrl.replay import Batch
 
@@ -103,12 +103,12 @@ def as_sb3(batch: Batch) -> SimpleNamespace:
 def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None:
     torch.manual_seed(0)
     first, second, *heads = (nn.Linear(*s, dtype=torch.float64) for s in ((7, 9), (9, 11), (11, 2), (11, 3)))
-    net = Perceptron([first, second], heads, torch.float64)
-    inputs = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
+    net = Perceptrons([([first, second], heads)], torch.float64)
+    inputs = torch.randn(13, 7, dtype=torch.float64)
     hidden = second(first(inputs).relu()).relu()
     expected = torch.cat([head(hidden) for head in heads], dim=1)
     weights = torch.randn(8, 5, dtype=torch.float64)
-    *params, _ = torch.autograd.grad((expected[:8] * weights).sum(), [*net.params, inputs])
+    params = torch.autograd.grad((expected[:8] * weights).sum(), net.params)
     with torch.no_grad():
         values, trace = net.forward(inputs)
         torch.testing.assert_close(values, expected)
@@ -117,10 +117,30 @@ def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None
         torch.testing.assert_close(ours, theirs)
 
 
+def test_two_perceptrons_at_once_equal_autograds_of_each() -> None:
+    torch.manual_seed(0)
+    nets = [[nn.Linear(*s, dtype=torch.float64) for s in ((7, 9), (9, 11), (11, 1))] for _ in range(2)]
+    both = Perceptrons([(layers[:2], layers[2:]) for layers in nets], torch.float64)
+    inputs = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack([last(second(first(inputs).relu()).relu()) for first, second, last in nets])
+    weights = torch.randn(2, 13, 1, dtype=torch.float64)
+    *params, _ = torch.autograd.grad((expected * weights).sum(), [*both.params, inputs], retain_graph=True)
+    by_input = [
+        torch.autograd.grad((one * w).sum(), inputs, retain_graph=True)[0]
+        for one, w in zip(expected, weights, strict=True)
+    ]
+    with torch.no_grad():
+        values, trace = both.forward(inputs)
+        torch.testing.assert_close(values, expected)
+        for ours, theirs in zip(both.backward(trace, weights), params, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(both.input_gradient(trace, weights, first=5), torch.stack(by_input)[:, :, 5:])
+
+
 def test_input_gradients_equal_autograds_in_the_chosen_rows() -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(7, 9), nn.Linear(9, 1)
-    net = Perceptron([first], [last], torch.float32)
+    net = Perceptrons([([first], [last])], torch.float32)
     inputs = torch.randn(13, 7, requires_grad=True)
     expected = torch.autograd.grad(last(first(inputs).relu()).sum(), inputs)[0]
     rows = torch.tensor([1, 4, 12])
@@ -193,6 +213,23 @@ def test_bf16_stays_close_and_keeps_float32_weights() -> None:
     assert {p.dtype for p in rounded.policy.parameters()} == {torch.float32}
     assert rounded.metrics() == pytest.approx(exact.metrics(), rel=0.05, abs=0.01)
     assert 0 < distance(exact, rounded) < 0.02
+
+
+def test_multiplying_both_critics_at_once_changes_rounding_only() -> None:
+    before = torch.get_num_threads()
+    apart = agent(precision="bf16")
+    try:
+        torch.set_num_threads(2)
+        together = agent(precision="bf16")
+    finally:
+        torch.set_num_threads(before)
+    assert apart._fast is not None and together._fast is not None
+    assert together._fast.together and not apart._fast.together
+    for batch in batches(20, apart):
+        apart.update(batch)
+        together.update(batch)
+    assert distance(apart, together) < 5e-3
+    assert together.metrics() == pytest.approx(apart.metrics(), rel=1e-2, abs=1e-2)
 
 
 @pytest.mark.slow

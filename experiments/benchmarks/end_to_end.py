@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from stable_baselines3 import SAC
 
 from experiments.benchmarks.parts import straightforward
+from pbrl import reward
 from pbrl.building import build
 from pbrl.configuration import register_resolvers
 from pbrl.loop import Loop
@@ -91,7 +92,7 @@ class Split:
 
 
 def slow_down(loop: Loop) -> None:
-    """Stock SB3's `train` and the straightforward pay in the places of ours; the rest of the run is the same."""
+    """Stock SB3's `train`, the straightforward pay and reward training; the rest of the run is the same."""
     agent, ensemble = loop.agent, loop.parts.reward
     for optimizer in (agent.actor.optimizer, agent.critic.optimizer):
         optimizer.param_groups[0]["fused"] = None  # SB3's default
@@ -110,11 +111,18 @@ VARIANTS = {
 
 def whole_run(variant: str, folder: str) -> dict[str, Any]:
     """One run of door-open at the published setting, without the time that compiling takes; see the module's text."""
-    fixed = ("env=door-open", "agent=sac-published", "updater=pebble", f"run_dir={folder}/{variant}")
+    fixed = (
+        "env=door-open",
+        "agent=sac-published",
+        "updater=pebble",
+        f"run_dir={folder}/{list(VARIANTS).index(variant)}",
+    )
     cfg = config(*fixed, *OVERRIDES, *VARIANTS[variant])
     loop = build(cfg, {"env": "door-open", "updater": "pebble"}, [])
+    pairs = reward.BLOCK_PAIRS
     if variant == "stock":
         slow_down(loop)
+        reward.BLOCK_PAIRS = int(cfg.updater.batch_size)
     loop.agent.prepare()
     split, agent = Split(), loop.agent
     split.wrap(agent, "train", "update")
@@ -125,7 +133,10 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     split.wrap(loop, "save", "checkpoint")
     split.wrap(agent.training_env, "step", "simulator")
     began, wall = time.process_time(), time.perf_counter()
-    loop.run()
+    try:
+        loop.run()
+    finally:
+        reward.BLOCK_PAIRS = pairs
     cpu = time.process_time() - began
     shares = {f"{part}_share": seconds / cpu for part, seconds in sorted(split.seconds.items())}
     return {

@@ -13,9 +13,10 @@ from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.update import Still, fill
 from pbrl.exploration import nearest_distances
 from pbrl.losses import bradley_terry_loss
+from pbrl.preferences import Preferences
 from pbrl.replay import RelabelReplay
-from pbrl.reward import RewardEnsemble, answer_loss
-from pbrl.types import Segments
+from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.types import Answer, Query, Segments
 
 OBS, ACT, HORIZON, BATCH = 39, 4, 50, 128  # Meta-World's door; B-Pref's reward batch
 
@@ -53,29 +54,36 @@ def pay() -> list[dict[str, Any]]:
 
 
 def reward_training() -> list[dict[str, Any]]:
-    """One member's gradient on 128 pairs, for all members: ours, and one big batched product over the ensemble."""
+    """One optimiser step of all members on 128 pairs: ours in fp32 and bf16, and B-Pref's, all rows at once."""
     draw = torch.Generator().manual_seed(0)
     first, second = (
         Segments(torch.rand(BATCH, HORIZON, OBS, generator=draw), torch.rand(BATCH, HORIZON, ACT, generator=draw))
         for _ in range(2)
     )
     labels = torch.randint(2, (BATCH,), generator=draw).float()
+    preferences, fit = Preferences(), Fitting(1, BATCH, 2.0)
+    query = Query(first, second, torch.zeros(BATCH, 2, HORIZON), 0.0)
+    preferences.add(query, Answer(labels, torch.ones(BATCH, dtype=torch.bool)), 0)
     rows = []
     for members in (1, 3, 7):
-        ensemble = RewardEnsemble(OBS, ACT, members)
+        ensembles = [RewardEnsemble(OBS, ACT, members, precision=name) for name in ("fp32", "bf16", "fp32")]
 
-        def ours(e: RewardEnsemble = ensemble) -> None:
-            e.optimizer.zero_grad()
-            for m in range(len(e.members)):
-                answer_loss(e, m, first, second, labels)[0].backward()
+        def ours(e: RewardEnsemble) -> None:
+            fit(e, preferences, np.random.default_rng(0))
 
-        def together(e: RewardEnsemble = ensemble) -> None:
+        def published(e: RewardEnsemble) -> None:
             e.optimizer.zero_grad()
             left, right = e(first.obs, first.actions), e(second.obs, second.actions)
             losses = [bradley_terry_loss(a, b, labels) for a, b in zip(left, right, strict=True)]
             torch.stack(losses).sum().backward()
+            e.optimizer.step()
 
-        rows.append({"members": members, **_compared(interleaved({"ours": ours, "straightforward": together}))})
+        calls = zip(("ours", "bf16", "straightforward"), (ours, ours, published), ensembles, strict=True)
+        times = interleaved({name: partial(call, ensemble) for name, call, ensemble in calls})
+        compared = _compared(times)
+        bf16 = times["bf16"]["cpu_ms"]
+        rows.append({"members": members, **compared, "bf16_cpu_ms": bf16})
+        rows[-1]["ratio_bf16_cpu"] = times["straightforward"]["cpu_ms"] / bf16
     return rows
 
 

@@ -102,13 +102,14 @@ def run(settings: tuple[str, ...] = tuple(SETTINGS), threads: tuple[int, ...] = 
 def compared(name: str, threads: tuple[int, ...]) -> list[dict[str, Any]]:
     """The rows of one setting."""
     setting, rows = SETTINGS[name], []
-    made, batch, width = agents(setting), setting["batch"], max(setting["net_arch"])
+    batch, width = setting["batch"], max(setting["net_arch"])
     left, right = torch.randn(batch, width), torch.randn(width, width)
     halves = left.bfloat16(), right.bfloat16()
-    variants: dict[str, Any] = {key: (lambda agent=agent: agent.train(1, batch)) for key, agent in made.items()}
-    variants |= {"fp32 product": lambda: left @ right, "bf16 product": lambda: halves[0] @ halves[1]}
     for count in threads:
         torch.set_num_threads(count)
+        made = agents(setting)
+        variants: dict[str, Any] = {key: (lambda agent=agent: agent.train(1, batch)) for key, agent in made.items()}
+        variants |= {"fp32 product": lambda: left @ right, "bf16 product": lambda: halves[0] @ halves[1]}
         times = interleaved(variants)
         for key in made:
             product = times["bf16 product" if key.startswith("bf16") else "fp32 product"]

@@ -95,10 +95,10 @@ class APARL:
     def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
         """Term 2 of the upper objective, without touching `session.rng` (except for branches)."""
         episodes = session.fresh()
-        if session.new_pairs < 2 or not episodes:
+        if session.fresh_pairs < 2 or not episodes:
             return Estimate(None)
         trajectories = cut(episodes, self.implicit.horizon)
-        pairs = labelled(preferences, session.new_pairs, episodes, self.implicit.horizon)
+        pairs = labelled(preferences, session.fresh_pairs, episodes, self.implicit.horizon)
         scores: list[ScoreRows] = []
         closed: Estimate | None = None
         if self.upper == "win_rate":

@@ -112,11 +112,11 @@ class Penalty:
 
     def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
         episodes = session.fresh()
-        if session.new_pairs < 2 or not episodes:
+        if session.fresh_pairs < 2 or not episodes:
             return Estimate(None)
         trajectories = cut(episodes, self.walk.horizon)
         scores = [
-            pair_scores(self.upper, reward, labelled(preferences, session.new_pairs, episodes, self.walk.horizon))
+            pair_scores(self.upper, reward, labelled(preferences, session.fresh_pairs, episodes, self.walk.horizon))
         ]
         if self.utility is not None:
             scores.append(utility_scores(self.utility, reward, trajectories))
