@@ -127,7 +127,9 @@ class Perceptrons:
             inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
             trace.inputs.append(inputs)
             trace.weights.append(weight)
-            if self.count > 1:
+            if weight.shape[-2] == 1 and torch.compiler.is_compiling():  # no product: fused with its neighbours
+                inputs = (inputs * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2)
+            elif self.count > 1:
                 inputs = torch.baddbmm(bias.unsqueeze(1), inputs, weight.mT)
             else:
                 inputs = linear(inputs, weight, bias)
@@ -146,7 +148,11 @@ class Perceptrons:
         grads: list[Tensor] = []
         last, dtype = len(self.layers) - 1, trace.weights[-1].dtype
         for i in range(last, -1, -1):
-            both = (grad.mT @ trace.inputs[i]).to(dtype), grad.sum(-2, dtype=dtype)
+            if grad.shape[-1] == 1 and torch.compiler.is_compiling():
+                by_weight = (grad * trace.inputs[i]).sum(-2, keepdim=True)
+            else:
+                by_weight = (grad.mT @ trace.inputs[i]).to(dtype)
+            both = by_weight, grad.sum(-2, dtype=dtype)
             nets = [one.unbind() if self.count > 1 else (one,) for one in both]
             here: list[Tensor] = []
             for weight, bias in zip(*nets, strict=True):
