@@ -132,6 +132,9 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     split.wrap(loop, "_pay", "pay")
     split.wrap(loop, "save", "checkpoint")
     split.wrap(agent.training_env, "step", "simulator")
+    split.wrap(agent, "_sample_action", "acting")
+    split.wrap(loop, "_select", "questions")
+    split.wrap(loop, "_feedback_metrics", "metrics")
     began, wall = time.process_time(), time.perf_counter()
     try:
         loop.run()
