@@ -105,12 +105,15 @@ def samples_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
         for method in methods:
             chosen = [r for r in rows if (r["task"], r["method"]) == (task, method) and math.isfinite(r["steps"])]
             look = styles[method]
-            shares, steps = [r["share"] for r in chosen], [r["steps"] for r in chosen]
-            panel.plot(shares, steps, color=look.color, linestyle=look.line, marker=look.marker)
+            reached, steps = [r["share"] for r in chosen], [r["steps"] for r in chosen]
+            panel.plot(reached, steps, color=look.color, linestyle=look.line, marker=look.marker)
         panel.set_title(task)
         panel.set_xlabel("share of the oracle's score (%)")
-        panel.set_ylabel("environment steps needed")
-        panel.set_xticks(_unique(rows, "share"))
+        panel.set_ylabel("steps needed")
+        shares = _unique(rows, "share")
+        panel.set_xticks(shares)
+        panel.set_xlim(min(shares) - 0.03, max(shares) + 0.03)
+        panel.margins(y=0.1)
         panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         panel.yaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_ylim(bottom=0)

@@ -57,7 +57,8 @@ def summary(data: Comparison, tables: Tables) -> str:
     fewest = min(row["runs"] for row in learners)
     text = (
         f"{sum(row['runs'] for row in learners)} runs: {len(data.methods)} methods ({', '.join(data.methods)}) on "
-        f"{len(data.curves)} tasks ({', '.join(data.curves)}), told apart by {', '.join(data.selection.method_keys)}."
+        f"{len(data.curves)} task{'s' * (len(data.curves) != 1)} ({', '.join(data.curves)}), told apart by "
+        f"{', '.join(data.selection.method_keys)}."
     )
     if fewest < SEEDS_FOR_A_CLAIM:
         text += (
