@@ -65,7 +65,7 @@ def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
     labels = (query.task_rewards[:, 0].sum(1) > query.task_rewards[:, 1].sum(1)).float()
     preferences = Preferences()
     preferences.add(query, Answer(labels, torch.ones(PAIRS, dtype=torch.bool)), 0)
-    found.new_pairs = PAIRS
+    found.new_pairs = found.fresh_pairs = PAIRS
     return found, preferences
 
 
@@ -107,8 +107,15 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, updater in updaters(options.epochs).items():
             reward = RewardEnsemble(OBS, ACT)
-            run = measured(lambda u=updater, r=reward: u.update(r, preferences, found))  # type: ignore[misc]
-            results.setdefault(name, []).append(run)
+            metrics: dict[str, float] = {}
+
+            def update(updater: Any = updater, reward: Any = reward, metrics: Any = metrics) -> None:
+                metrics |= updater.update(reward, preferences, found)
+
+            results.setdefault(name, []).append(measured(update))
+            cosines = [value for key, value in metrics.items() if key.endswith("/split_cosine")]
+            if name != "pebble" and not np.isfinite(cosines).all():
+                raise RuntimeError(f"{name} left its second term out: {metrics}")
     base = statistics.median(seconds for seconds, _ in results["pebble"])
     parameters = sum(value.numel() for value in found.policy.parameters().values())
     print(f"{options.epochs} optimiser steps per update; dim(theta)² floats would be {4e-9 * parameters**2:.0f} GB")
