@@ -351,6 +351,24 @@ def test_no_answer_is_asked_for_while_the_run_is_asked_to_stop(tmp_path: Path) -
     assert made_pending(tmp_path / "a")
 
 
+def test_pending_questions_remember_which_of_them_are_about_fresh_steps(tmp_path: Path) -> None:
+    loop = made(tmp_path / "a", "updater.pairs=fresh", "feedback.fresh_share=0.4")
+    loop.stop = lambda: loop.sessions > 0 and loop.pending is not None
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    asked = loop.session.fresh_asked
+    assert loop.pending is not None
+    assert 0 < asked < len(loop.pending)
+    resumed = made(tmp_path / "a", resume=True)
+    assert resumed.session.fresh_asked == asked
+    resumed.stop = lambda: resumed.sessions > 1
+    with pytest.raises(Stopped):
+        resumed.run()
+    resumed.close(False)
+    assert resumed.session.fresh_pairs == asked
+
+
 def made_pending(run: Path) -> bool:
     """Whether the questions of an unfinished session are in the newest checkpoint."""
     return "pending/first/obs" in load_latest(run).arrays
