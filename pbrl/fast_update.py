@@ -203,7 +203,8 @@ class FastUpdate:
         self.actor = Perceptrons([(_linear(actor.latent_pi), [actor.mu, actor.log_std])], dtype)
         # one product for both critics gives each thread one of them; with one thread, or in fp32, two are faster
         # (measured: experiments.benchmarks update)
-        self.together = agent.device.type == "cuda" or (dtype != torch.float32 and torch.get_num_threads() > 1)
+        cuda = agent.device.type == "cuda"
+        self.together = cuda or (dtype != torch.float32 and torch.get_num_threads() > 1)
         self.critics, self.targets = (
             [Perceptrons(nets, dtype)] if self.together else [Perceptrons([net], dtype) for net in nets]
             for nets in (
@@ -216,7 +217,7 @@ class FastUpdate:
         self.critic_adam = FusedAdam(agent.critic.optimizer, critic_params)
         # dQ/da of all rows, masked, instead of some: choosing would wait for a GPU, and bf16 products are compiled for
         # each number of rows anew (oneDNN: a millisecond each)
-        self.whole = dtype != torch.float32 or critic_params[0].is_cuda
+        self.whole = dtype != torch.float32 or cuda
         self.gamma, self.act_dim = agent.gamma, actor.mu.out_features
         self.critic_stage: Any = self._critic_stage
         self.actor_stage: Any = self._actor_stage
