@@ -170,6 +170,27 @@ def test_fused_adam_equals_the_optimizer_through_clearing_and_loading() -> None:
     assert float(optimizers[0].state[ours]["step"]) == 3
 
 
+def test_moments_of_dead_units_never_become_denormal() -> None:
+    ours, plain = agent(), agent()
+    plain._forget_tiny_moments = lambda: None  # type: ignore[method-assign]
+
+    def moments(of: PreferenceSAC) -> Tensor:
+        states = [s for o in (of.actor.optimizer, of.critic.optimizer) for s in o.state.values()]
+        return torch.cat([s[name].flatten().abs() for s in states for name in ("exp_avg", "exp_avg_sq")])
+
+    for each in (ours, plain):
+        for batch in batches(5, each):
+            each.update(batch)
+        with torch.no_grad():
+            each.actor.latent_pi[0].bias[:10] = -1e3  # ten of the actor's first units die
+        for batch in batches(900, each, seed=1):  # 0.9^830 is denormal
+            each.update(batch)
+    smallest = torch.finfo(torch.float32).tiny
+    assert ((moments(plain) > 0) & (moments(plain) < smallest)).any()
+    assert not ((moments(ours) > 0) & (moments(ours) < smallest)).any()
+    assert distance(ours, plain) == 0
+
+
 def test_targets_move_every_second_update_across_calls() -> None:
     learner = agent(target_update_interval=2)
     moved = []
