@@ -307,8 +307,8 @@ class PreferenceSAC(SAC):
         """Set Adam's moments below TINY to zero, which no weight notices: Adam's eps is 1e-8.
 
         A unit that has died (ReLU) gets no gradient any more, and its moments decay into denormal numbers, with which
-        processors are slow: in a window-open run half of the actor's were, and Adam took 3.4 ms an update instead of
-        0.2. (`torch.set_flush_denormal` would reach the calling thread only, and disturb numpy in it.)
+        processors are slow: in a window-open run half of the actor's were, and the run was a third slower.
+        (`torch.set_flush_denormal` would reach the calling thread only, and disturb numpy in it.)
         """
         for optimizer in (self.actor.optimizer, self.critic.optimizer):
             for state in optimizer.state.values():
