@@ -49,6 +49,23 @@ def test_every_experiment_composes(name: str) -> None:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+FITTING = ("batch_size", "least_steps", "crop", "shrink")
+
+
+def test_our_defaults_fit_the_answers_alike_and_published_settings_as_published() -> None:
+    """So that methods differ by their pairs and terms only, and a published PEBBLE is the published one."""
+    ours = {
+        name: [config(f"updater={name}")[0].updater[key] for key in FITTING] for name in ("pebble", "aparl", "penalty")
+    }
+    assert ours["pebble"] == ours["aparl"] == ours["penalty"] == [32, 100, 0.3, 0.3]
+    published = [name for name in options("experiment") if name.startswith(("pebble-", "qpa-", "rune-", "reed-"))]
+    assert len(published) > 15
+    for name in published:
+        updater = config(f"experiment={name}")[0].updater
+        assert [updater[key] for key in FITTING] == [128, 0, 0, 0], name
+    assert [config("updater=rime")[0].updater.inner[key] for key in FITTING] == [128, 0, 0, 0]
+
+
 def test_an_experiment_overrides_the_defaults_and_the_command_line_overrides_it() -> None:
     default, quick = config()[0], config("experiment=quick")[0]
     assert quick.total_steps != default.total_steps
