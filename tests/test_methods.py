@@ -99,7 +99,7 @@ def test_surf_without_unlabelled_pairs_and_crops_equals_pebble_bit_for_bit() -> 
 @pytest.mark.slow
 def test_a_whole_surf_run_with_both_options_off_equals_a_pebble_run(tmp_path: Path) -> None:
     off = ("updater.crop=0", "updater.unlabelled_per_label=0", "updater.steps_per_label=null")
-    finish(tiny_loop(tmp_path / "pebble"))
+    finish(tiny_loop(tmp_path / "pebble", "updater=pebble-published"))
     finish(tiny_loop(tmp_path / "surf", "updater=surf", *off, "updater.stop_accuracy=0.97"))
     assert rows(tmp_path / "pebble") == rows(tmp_path / "surf")
 

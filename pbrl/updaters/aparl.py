@@ -1,10 +1,10 @@
 """A-PARL (Chakraborty et al., ICLR 2024, Algorithm 1) on robots: fresh pairs, and an implicit term that is guarded.
 
-Term 1, the cross-entropy on the answers, is PEBBLE's; with `implicit.estimator=off` so is the whole update. Its pairs
-are fresh, which is what helped most in our measurements. Term 2, by which the reward accounts for the policy's answer
-to it, is estimated on two disjoint halves of the rollouts, used only while they agree (`gate`) and up to `clip` times
-Term 1; `gate=off clip=.inf` is the paper's raw update. SAC's updates between two sessions are the paper's K lower
-steps, its temperature is the weight of the entropy bonus.
+Term 1, the cross-entropy on the answers, is PEBBLE's; with `implicit.estimator=off` so is the whole update. Half of its
+pairs are fresh (`feedback.fresh_share`). Term 2, by which the reward accounts for the policy's answer to it, is
+estimated on two disjoint halves of the rollouts, used only while they agree (`gate`) and up to `clip` times Term 1;
+`gate=off clip=.inf` is the paper's raw update. SAC's updates between two sessions are the paper's K lower steps, its
+temperature is the weight of the entropy bonus.
 """
 
 from __future__ import annotations
