@@ -64,5 +64,6 @@ def test_tab_completion_is_installed_and_completes(tmp_path: Path) -> None:
     assert "complete -o nospace" in pbrl_train(tmp_path, "-sc", "install=bash")
     line = "pbrl-train updater=peb"
     assert pbrl_train(tmp_path, "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))).split() == [
-        "updater=pebble"
+        "updater=pebble",
+        "updater=pebble-published",
     ]
