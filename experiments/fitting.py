@@ -7,7 +7,6 @@ rank correlation of learned and true reward on the 5000 steps that followed: of 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
+from experiments.curves import write
 from pbrl.checkpoint import StepLog
 from pbrl.preferences import Preferences
 from pbrl.reward import Fitting, RewardEnsemble
@@ -95,10 +95,7 @@ def main() -> None:
         rows[-1] |= {"by_segment": round(by_segment, 3), "by_step": round(by_step, 3)}
         print(f"{way:45} {len(answered):4} answers: {by_segment:5.2f} by segment, {by_step:5.2f} by step", flush=True)
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.out, tuple(rows[0]), rows)
 
 
 if __name__ == "__main__":

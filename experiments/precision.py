@@ -8,29 +8,19 @@ beside the spread of Q over actions, which is small where all rewards have a lar
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from experiments.curves import write
 from pbrl.evaluate import load_run
+from pbrl.reward import Layers
 
 EVERY = 4  # environment steps between the observations used
 ACTIONS = 32  # per observation
-
-
-def values(network: Iterable[Any], inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Q of float32 [N, n] inputs, the products of all but the last layer in `dtype`: float32 [N]."""
-    *hidden, last = network
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        features = inputs
-        for layer in hidden:
-            features = layer(features)
-    return last(features.to(inputs.dtype)).squeeze(-1)
 
 
 def over_actions(numbers: Tensor) -> float:
@@ -55,9 +45,10 @@ def measured(run: Path) -> dict[str, Any]:
     actions, _ = agent.actor.action_log_prob(observations)
     inputs = torch.cat([observations, actions], dim=1)
     network: Any = agent.critic.q_networks[0]
-    exact, rounded = (values(network, inputs, dtype) for dtype in (torch.float32, torch.bfloat16))
-    spread = over_actions(exact.reshape(-1, ACTIONS))
-    error = over_actions((rounded - exact).reshape(-1, ACTIONS))
+    in_bf16 = Layers(*network, nn.Identity())
+    in_bf16.bf16 = True
+    exact, rounded = (values(inputs).reshape(-1, ACTIONS) for values in (network, in_bf16))
+    spread, error = over_actions(exact), over_actions(rounded - exact)
     numbers = {"mean": float(exact.mean()), "spread": spread, "error": error, "share": error / spread}
     return {"run": run.name} | {name: round(number, 4) for name, number in numbers.items()}
 
@@ -75,10 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             "{run}: Q {mean:.1f}, over actions ± {spread:.3f}; error of bf16 ± {error:.3f} ({share:.0%})".format(**row)
         )
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.out, tuple(rows[0]), rows)
 
 
 if __name__ == "__main__":
