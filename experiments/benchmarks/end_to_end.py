@@ -114,11 +114,11 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     fixed = (
         "env=door-open",
         "agent=sac-published",
-        "updater=pebble",
+        "updater=pebble-published",
         f"run_dir={folder}/{list(VARIANTS).index(variant)}",
     )
     cfg = config(*fixed, *OVERRIDES, *VARIANTS[variant])
-    loop = build(cfg, {"env": "door-open", "updater": "pebble"}, [])
+    loop = build(cfg, {"env": "door-open", "updater": "pebble-published"}, [])
     pairs = reward.BLOCK_PAIRS
     if variant == "stock":
         slow_down(loop)
