@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.curves import write
+from pbrl.checkpoint import CheckpointError
+from pbrl.configuration import ConfigError
 from pbrl.evaluate import load_run
 from pbrl.reward import Layers
 
@@ -61,7 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = []
     for run in options.runs:
-        rows.append(row := measured(run))
+        try:
+            rows.append(row := measured(run))
+        except (ConfigError, CheckpointError) as error:
+            parser.error(str(error))
         print(
             "{run}: Q {mean:.1f}, over actions ± {spread:.3f}; error of bf16 ± {error:.3f} ({share:.0%})".format(**row)
         )

@@ -61,4 +61,7 @@ def test_the_error_of_bf16_is_told_apart_from_the_spread_over_actions(
     found = precision.measured(tiny_run)
     assert 0 < found["error"] < found["spread"]
     assert capsys.readouterr().out.startswith(f"{tiny_run.name}: Q {found['mean']:.1f}, over actions ± ")
+    with pytest.raises(SystemExit):
+        precision.main([str(tmp_path)])
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path} is not a run (no config.yaml in it)\n")
     assert table.read_text().splitlines()[1] == ",".join(str(value) for value in found.values())
