@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.fresh import Trajectories
+from pbrl.second_term.fresh import Trajectories
 
 
 @dataclass(frozen=True)

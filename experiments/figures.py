@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from pbrl import plots
 from pbrl.compare import add_run_options, read_comparison
-from pbrl.runs import ComparisonError, method_label, read_run
-from pbrl.tables import curve_rows, write_tables
+from pbrl.comparing import plots
+from pbrl.comparing.runs import ComparisonError, method_label, read_run
+from pbrl.comparing.tables import curve_rows, write_tables
 
 SIZE = 256  # pixels, of a film strip's frames
 DPI = 200

@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
 from experiments.curves import write
-from pbrl.checkpoint import StepLog
+from pbrl.fitting import Fitting
 from pbrl.preferences import Preferences
-from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.records.checkpoint import StepLog
+from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 
 WAYS = {  # batch, optimiser steps, crop, shrink, precision

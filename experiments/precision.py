@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.curves import write
-from pbrl.checkpoint import CheckpointError
-from pbrl.configuration import ConfigError
 from pbrl.evaluate import load_run
+from pbrl.launch.configuration import ConfigError
+from pbrl.records.checkpoint import CheckpointError
 from pbrl.reward import Layers
 
 EVERY = 4  # environment steps between the observations used

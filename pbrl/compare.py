@@ -1,7 +1,7 @@
 """Compare finished runs: `python -m pbrl.compare RUNS… [--wandb ENTITY/PROJECT] [--out DIR]`.
 
-Reads the runs (`pbrl.runs`), puts them on common axes (`pbrl.comparison`), computes every number into tables
-(`pbrl.tables`, one CSV each) and draws and prints those tables (`pbrl.plots`, `pbrl.report`).
+Reads the runs (`comparing.runs`), puts them on common axes (`comparing.curves`), computes every number into tables
+(`comparing.tables`, one CSV each) and draws and prints those tables (`comparing.plots`, `comparing.report`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pbrl.comparison import Comparison, gather
-from pbrl.report import write_report
-from pbrl.runs import ComparisonError, find_runs, select, wandb_runs, without_copies
-from pbrl.tables import all_tables, write_tables
+from pbrl.comparing.curves import Comparison, gather
+from pbrl.comparing.report import write_report
+from pbrl.comparing.runs import ComparisonError, find_runs, select, wandb_runs, without_copies
+from pbrl.comparing.tables import all_tables, write_tables
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:

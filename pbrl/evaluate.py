@@ -13,14 +13,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pbrl.agent import PreferenceSAC
-from pbrl.checkpoint import CheckpointError, load_latest
-from pbrl.configuration import ConfigError, check
-from pbrl.evaluation import act, episode, rank_correlation
+from pbrl.agent.sac import PreferenceSAC
+from pbrl.launch.configuration import ConfigError, check
+from pbrl.launch.stored import read_config
+from pbrl.records.checkpoint import CheckpointError, load_latest
+from pbrl.records.evaluation import act, episode, rank_correlation
+from pbrl.records.videos import video_writer
 from pbrl.reward import RewardEnsemble
-from pbrl.stored import read_config
 from pbrl.types import Query, Segments
-from pbrl.videos import video_writer
 
 FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
 

@@ -9,7 +9,7 @@ import argparse
 
 from omegaconf import OmegaConf
 
-from pbrl.configuration import CONF, GROUPS, options
+from pbrl.launch.configuration import CONF, GROUPS, options
 
 LISTED = (*GROUPS, "launcher", "experiment")
 PURPOSE = {

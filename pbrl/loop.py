@@ -21,21 +21,21 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
-from pbrl import run_state
-from pbrl.agent import PreferenceSAC
+from pbrl.agent.exploration import StateEntropy
+from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import AnswerJournal, TeacherError, ask
-from pbrl.checkpoint import StepLog, load_latest, non_finite, write_atomically
-from pbrl.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, pair_rows, rank_correlation, reward_health
-from pbrl.exploration import StateEntropy
-from pbrl.loggers import Loggers, plain
 from pbrl.preferences import Preferences
 from pbrl.queries import Choose, QueryRule, Uniform
+from pbrl.records import run_state
+from pbrl.records.checkpoint import StepLog, load_latest, non_finite, write_atomically
+from pbrl.records.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, pair_rows, rank_correlation, reward_health
+from pbrl.records.loggers import Loggers, plain
+from pbrl.records.videos import film_pairs, film_states
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.schedule import NEVER, Due, Evaluation, Feedback, Pretraining
 from pbrl.session import AgentSession
 from pbrl.types import Answer, Query, RewardUpdater, Teacher
-from pbrl.videos import film_pairs, film_states
 
 CHUNK = 100  # environment steps between two looks at the progress bar
 FILMED_PAIRS = 5  # of a session
@@ -405,7 +405,7 @@ class Loop:
             log.append(self.parts.rollouts.total)
 
     def load(self) -> None:
-        """Restore the newest usable checkpoint of `run_dir` (see pbrl.checkpoint).
+        """Restore the newest usable checkpoint of `run_dir` (see pbrl.records.checkpoint).
 
         A run that was killed before its first one starts at step 0 again; its answers are in the journal.
 

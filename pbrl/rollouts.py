@@ -147,7 +147,7 @@ class Rollouts:
         return [self.obs, self.actions, self.raw_actions, self.task_rewards, self.states, self.episode]
 
     def state(self) -> dict[str, Any]:
-        """Counters, as plain JSON values; the arrays are saved apart (see pbrl.checkpoint)."""
+        """Counters, as plain JSON values; the arrays are saved apart (see pbrl.records.checkpoint)."""
         return {
             "total": self.total,
             "episodes": self.episodes,

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbrl.agent import PreferenceSAC
-from pbrl.exploration import nearest_distances
-from pbrl.policy_view import AgentView
+from pbrl.agent.exploration import nearest_distances
+from pbrl.agent.sac import PreferenceSAC
+from pbrl.agent.view import AgentView
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params, Query, Segments
 

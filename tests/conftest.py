@@ -17,8 +17,8 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from pbrl.building import build
-from pbrl.configuration import register_resolvers
+from pbrl.launch.build import build
+from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
 
 torch.set_num_threads(1)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.bilevel.estimators import Implicit
-from pbrl.bilevel.fresh import PARTS, cut, labelled, training_rows
-from pbrl.bilevel.gate import Gate, as_gate, as_limit
 from pbrl.bilevel.params import flatten, norm
-from pbrl.bilevel.second_term import Estimate, Safeguard, SecondTerm, WeightedRows
-from pbrl.bilevel.upper import pair_scores
 from pbrl.reward import RewardEnsemble
+from pbrl.second_term.fresh import PARTS, cut, labelled, training_rows
+from pbrl.second_term.gate import Gate, as_gate, as_limit
+from pbrl.second_term.guard import Estimate, Safeguard, SecondTerm, WeightedRows
+from pbrl.second_term.implicit import Implicit
+from pbrl.second_term.upper import pair_scores
 from pbrl.types import Segments
 from pbrl.updaters.aparl import APARL
 from pbrl.updaters.pebble import Pebble

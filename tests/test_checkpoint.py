@@ -15,9 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pbrl.checkpoint
+import pbrl.records.checkpoint
 from pbrl.asking import AnswerJournal, TeacherError, ask
-from pbrl.checkpoint import CheckpointError, StepLog, load_latest, non_finite, save_checkpoint
+from pbrl.records.checkpoint import CheckpointError, StepLog, load_latest, non_finite, save_checkpoint
 from pbrl.types import Answer, Query, Segments
 from tests.conftest import tiny_loop
 
@@ -75,7 +75,7 @@ def test_rings_survive_any_order_of_steps_saves_and_loads(
     tmp_path_factory: pytest.TempPathFactory, capacity: int, events: list[tuple[int, bool]], rows: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pbrl.checkpoint, "FILE_ROWS", rows)
+        patch.setattr(pbrl.records.checkpoint, "FILE_ROWS", rows)
         run = tmp_path_factory.mktemp("ring")
         ring = Ring(run, capacity)
         for steps, reload in events:
@@ -214,7 +214,7 @@ def test_a_key_missing_in_run_json_is_damage(tmp_path: Path, capsys: pytest.Capt
     (newest / "run.json").write_text(json.dumps(run))
     records = json.loads((newest / "manifest.json").read_text())["steps"]
     (newest / "manifest.json").unlink()
-    pbrl.checkpoint._write_manifest(newest, 0, records)  # as a version without this key would have written it
+    pbrl.records.checkpoint._write_manifest(newest, 0, records)  # as a version without this key would have written it
     loop.load()
     loop.close(False)
     printed = capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_save_that_fails_anywhere_leaves_a_usable_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"pbrl.checkpoint.{function}", full)
+        patch.setattr(f"pbrl.records.checkpoint.{function}", full)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, ring)
     restored = Ring(tmp_path)

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pbrl import compare, plots
-from pbrl.comparison import gather
-from pbrl.runs import ComparisonError, Run, find_runs, read_rows, select, wandb_runs, without_copies
-from pbrl.tables import all_tables
+from pbrl import compare
+from pbrl.comparing import plots
+from pbrl.comparing.curves import gather
+from pbrl.comparing.runs import ComparisonError, Run, find_runs, read_rows, select, wandb_runs, without_copies
+from pbrl.comparing.tables import all_tables
 
 STEPS = np.arange(0, 100_001, 5000)
 SPEED = {"pebble": 40_000, "surf": 30_000, "aparl": 20_000, "oracle": 12_000}  # steps to 63 % of the ceiling

@@ -10,8 +10,8 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from pbrl.building import build
-from pbrl.configuration import CONF, GROUPS, ConfigError, check, first_error, options
+from pbrl.launch.build import build
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, first_error, options
 from tests.conftest import config
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]

@@ -11,7 +11,7 @@ import torch
 
 from experiments import precision
 from pbrl.evaluate import load_run, main
-from pbrl.evaluation import act, evaluate
+from pbrl.records.evaluation import act, evaluate
 
 
 def test_the_loaded_agent_acts_as_the_run_did(tiny_run: Path) -> None:

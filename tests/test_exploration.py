@@ -8,8 +8,8 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from pbrl.exploration import Disagreement, StateEntropy, nearest_distances
-from pbrl.replay import RelabelReplay
+from pbrl.agent.exploration import Disagreement, StateEntropy, nearest_distances
+from pbrl.agent.replay import RelabelReplay
 
 
 def by_definition(queries: Tensor, stored: Tensor, k: int) -> Tensor:

@@ -23,14 +23,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pbrl.checkpoint
-from pbrl.building import build
-from pbrl.checkpoint import CheckpointError, load_latest
-from pbrl.configuration import ConfigError
+import pbrl.records.checkpoint
+from pbrl.launch.build import build
+from pbrl.launch.configuration import ConfigError
+from pbrl.launch.one_run import run
+from pbrl.launch.stored import lock, read_config
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
-from pbrl.stored import lock, read_config
-from pbrl.train import run
+from pbrl.records.checkpoint import CheckpointError, load_latest
 from teachers.recorded import RecordedTeacher
 from tests.conftest import config, tiny_loop
 
@@ -86,7 +86,7 @@ def poison(stored: Path, name: str, data: bytes) -> None:
         (folder / name).write_bytes(data)
         records = json.loads((folder / "manifest.json").read_text())["steps"]
         (folder / "manifest.json").unlink()
-        pbrl.checkpoint._write_manifest(folder, 0, records)
+        pbrl.records.checkpoint._write_manifest(folder, 0, records)
 
 
 def npz(**members: Any) -> bytes:
@@ -147,7 +147,7 @@ def test_nothing_in_the_packages_loads_pickles() -> None:
             ):
                 found.append(where)
     # a sweep's process hands each run's config to a child of its own, through a pipe: no file, no stranger
-    assert [where for where in found if not where.startswith("pbrl/sweep.py")] == []
+    assert [where for where in found if not where.startswith("pbrl/launch/sweep.py")] == []
 
 
 # Configs in run folders
@@ -161,9 +161,9 @@ def edit(stored: Path, **changes: Any) -> None:
 MALICIOUS = [
     {"teacher": {"_target_": "os.mkdir", "path": "MARK"}},
     {"teacher": {"_target_": "subprocess.Popen", "args": ["mkdir", "MARK"]}},
-    {"teacher": {"_target_": "pbrl.checkpoint.os.mkdir", "path": "MARK"}},
-    {"teacher": {"_target_": "pbrl.building.subprocess.Popen", "args": ["mkdir", "MARK"]}},
-    {"teacher": {"_target_": "pbrl.checkpoint.write_atomically", "path": "MARK", "data": b"x"}},
+    {"teacher": {"_target_": "pbrl.records.checkpoint.os.mkdir", "path": "MARK"}},
+    {"teacher": {"_target_": "pbrl.launch.build.subprocess.Popen", "args": ["mkdir", "MARK"]}},
+    {"teacher": {"_target_": "pbrl.records.checkpoint.write_atomically", "path": "MARK", "data": b"x"}},
     {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": {"_target_": "os.mkdir", "path": "MARK"}}},
     {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": "${oc.env:HOME}"}},
     {"callbacks": [{"_target_": "os.mkdir", "path": "MARK"}]},
@@ -257,7 +257,7 @@ def test_a_manifest_cannot_name_files_elsewhere(stored: Path, tmp_path: Path) ->
     (tmp_path / "state.pt").write_bytes(b"elsewhere")
     manifest["files"]["../../../state.pt"] = manifest["files"].pop("state.pt")
     manifest.pop("sha256")
-    manifest["sha256"] = pbrl.checkpoint._digest(manifest)
+    manifest["sha256"] = pbrl.records.checkpoint._digest(manifest)
     (newest / "manifest.json").write_text(json.dumps(manifest))
     assert load_latest(stored).folder == newest  # the name's last part is what is checked: its own state.pt
 
@@ -300,7 +300,7 @@ def test_any_overrides_build_or_are_refused_in_one_line(
     except ConfigError as error:
         assert "\n" not in str(error)
     except HydraException:
-        pass  # said in one line by pbrl.configuration.first_error; see test_configs
+        pass  # said in one line by pbrl.launch.configuration.first_error; see test_configs
 
 
 # Servers

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from envs.pointmass import PointMass, optimal_action
-from pbrl.evaluation import episode
+from pbrl.records.evaluation import episode
 from tests.conftest import finish, tiny_loop
 
 EPISODES = 20

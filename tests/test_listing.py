@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pbrl.configuration import options
+from pbrl.launch.configuration import options
 from pbrl.listing import LISTED, description, keys, main
 from tests.conftest import config
 

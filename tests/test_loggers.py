@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pbrl.building import build
-from pbrl.loggers import JsonLines, Loggers, plain
+from pbrl.launch.build import build
 from pbrl.loop import Stopped
+from pbrl.records.loggers import JsonLines, Loggers, plain
 from tests.conftest import config, finish, tiny_loop
 
 
@@ -95,7 +95,7 @@ def test_wandb_with_an_unreachable_server_goes_on_offline(tmp_path: Path, monkey
 
 
 def test_wandb_refuses_an_unknown_mode(tmp_path: Path) -> None:
-    from pbrl.configuration import ConfigError
+    from pbrl.launch.configuration import ConfigError
 
     with pytest.raises(ConfigError, match=r"logger\.mode=of"):
         tiny_loop(tmp_path / "run", "logger=wandb", "logger.mode=of")

@@ -12,7 +12,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.asking import TeacherError
-from pbrl.evaluation import OracleCurve
+from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import Feedback
 from pbrl.types import Answer, Query
 from tests.conftest import finish, rows, tiny_loop

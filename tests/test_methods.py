@@ -15,14 +15,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from envs.pointmass import PointMass
-from pbrl.agent import make_agent
+from pbrl.agent.exploration import Disagreement, StateEntropy
+from pbrl.agent.replay import RelabelReplay
+from pbrl.agent.sac import make_agent
 from pbrl.bilevel.params import gradient, leaves
-from pbrl.configuration import ConfigError
-from pbrl.exploration import Disagreement, StateEntropy
+from pbrl.fitting import crops
+from pbrl.launch.configuration import ConfigError
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
-from pbrl.replay import RelabelReplay
-from pbrl.reward import RewardEnsemble, crops
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Params, Query, Segments
 from pbrl.updaters.mrn import critic_step, outer_loss, reward_weights
 from pbrl.updaters.pebble import Pebble
@@ -495,7 +496,7 @@ RESUMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
-    from pbrl.building import build
+    from pbrl.launch.build import build
     from pbrl.loop import Stopped
 
     finish(tiny_loop(tmp_path / "whole", *RESUMED[name]))

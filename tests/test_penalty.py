@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.bilevel.fresh import cut
 from pbrl.bilevel.params import combine, cosine, flatten, norm
-from pbrl.bilevel.second_actor import Walk, bracket, climb, discounted_steps, divergence_from, draw
 from pbrl.reward import RewardEnsemble
+from pbrl.second_term.fresh import cut
+from pbrl.second_term.penalty import Walk, bracket, climb, discounted_steps, divergence_from, draw
 from pbrl.updaters.pebble import Pebble
 from pbrl.updaters.penalty import Penalty
 from tests.conftest import finish, tiny_loop

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
-from pbrl.replay import RelabelReplay
+from pbrl.agent.replay import RelabelReplay
 
 OBS, ACT = Box(-1, 1, (3,), np.float32), Box(-1, 1, (2,), np.float32)
 
@@ -46,7 +46,7 @@ def test_a_share_of_the_batch_is_recent_also_after_the_buffer_is_full() -> None:
 
 
 def test_relabelling_pays_all_stored_transitions_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pbrl.replay.BLOCK", 7)
+    monkeypatch.setattr("pbrl.agent.replay.BLOCK", 7)
     buffer = replay(steps=40)
     before = buffer.rows.copy()
     buffer.relabel(lambda obs, actions: obs[:, 0] - 2 * actions[:, 1])

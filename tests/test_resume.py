@@ -12,13 +12,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-import pbrl.checkpoint
 import pbrl.loop
 from experiments.faults.same import differences, metrics
-from pbrl.building import build
-from pbrl.checkpoint import load_latest
-from pbrl.configuration import options
+from pbrl.launch.build import build
+from pbrl.launch.configuration import options
 from pbrl.loop import Loop, Stopped
+from pbrl.records import checkpoint as stored_checkpoint
+from pbrl.records.checkpoint import load_latest
 from pbrl.types import Answer, Query
 
 TINY = [
@@ -131,11 +131,15 @@ def crash_in_evaluation(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> No
 
 
 def crash_in_save(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pbrl.checkpoint, "_write_manifest", raising(pbrl.checkpoint._write_manifest, Crash(), 1 + after % 3))
+    patch.setattr(
+        stored_checkpoint,
+        "_write_manifest",
+        raising(stored_checkpoint._write_manifest, Crash(), 1 + after % 3),
+    )
 
 
 def crash_after_save(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pbrl.checkpoint, "_drop_old", raising(pbrl.checkpoint._drop_old, Crash(), 1 + after % 3))
+    patch.setattr(stored_checkpoint, "_drop_old", raising(stored_checkpoint._drop_old, Crash(), 1 + after % 3))
 
 
 WAYS = [
@@ -177,7 +181,7 @@ def interrupted(run_dir: Path, rng: np.random.Generator, points: int, *more: str
 def test_a_run_interrupted_again_and_again_equals_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pbrl.checkpoint, "FILE_ROWS", 128)  # several step files, and old ones to drop
+    monkeypatch.setattr(stored_checkpoint, "FILE_ROWS", 128)  # several step files, and old ones to drop
     more = ["teacher=mistake", "teacher.mistake=0.3", "total_steps=480"]
     reference = finish(made(tmp_path / "a", *more))
     assert interrupted(tmp_path / "b", np.random.default_rng(0), len(WAYS), *more) == len(WAYS)  # 20 times: below
@@ -289,7 +293,7 @@ def test_a_run_killed_inside_its_first_save_starts_again(tmp_path: Path) -> None
     reference = finish(made(tmp_path / "a", "total_steps=100"))
     loop = made(tmp_path / "b", "total_steps=100")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pbrl.checkpoint, "_write_manifest", raising(pbrl.checkpoint._write_manifest, Crash()))
+        patch.setattr(stored_checkpoint, "_write_manifest", raising(stored_checkpoint._write_manifest, Crash()))
         with pytest.raises(Crash):
             loop.run()
     loop.close(False)

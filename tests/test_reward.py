@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pbrl.fitting import Fitting, train_epochs
 from pbrl.losses import bradley_terry_loss, calibration_error, correct, log_likelihood, preference_logits
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
-from pbrl.reward import ACTIVATIONS, OUTPUTS, Fitting, RewardEnsemble, train_epochs
+from pbrl.reward import ACTIVATIONS, OUTPUTS, RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 
 
@@ -146,7 +147,7 @@ def fitted(size: int, precision: str = "fp32") -> tuple[RewardEnsemble, dict[str
 
 def test_training_in_blocks_equals_training_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, metrics = fitted(75)  # 32, 32, 11
-    monkeypatch.setattr("pbrl.reward.BLOCK_PAIRS", 75)
+    monkeypatch.setattr("pbrl.fitting.BLOCK_PAIRS", 75)
     whole, expected = fitted(75)
     for a, b in zip(blocks.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from pbrl import statistics as st
+from pbrl.comparing import statistics as st
 
 # Five runs on three tasks (rows: runs). rliable 1.2.0 (numpy 2, pandas 2, arch 7.2) gave the RLIABLE numbers below,
 # with 50,000 bootstrap repetitions for the interquartile mean and 20,000 for the rest.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pbrl.sweep import launcher_error, run_folder
+from pbrl.launch.sweep import launcher_error, run_folder
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent

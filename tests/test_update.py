@@ -14,10 +14,10 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 
 from envs.pointmass import PointMass
-from pbrl.agent import METRICS, PreferenceSAC, make_agent
-from pbrl.fast_update import FastUpdate, FusedAdam, Perceptrons, supports
-from pbrl.policy import SquashedStdActor
-from pbrl.replay import Batch
+from pbrl.agent.fast_update import FastUpdate, FusedAdam, Perceptrons, supports
+from pbrl.agent.networks import SquashedStdActor
+from pbrl.agent.replay import Batch
+from pbrl.agent.sac import METRICS, PreferenceSAC, make_agent
 
 SIZE = (
     64  # rows of a batch; with two action entries a multiple of 16: one normal draw of 2·SIZE rows equals two of SIZE

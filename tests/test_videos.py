@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from envs.pointmass import PointMass
-from pbrl.configuration import ConfigError
+from pbrl.launch.configuration import ConfigError
+from pbrl.records.videos import BAR, SIZE, film_pairs
 from pbrl.types import Answer, Query, Segments
-from pbrl.videos import BAR, SIZE, film_pairs
 from tests.conftest import finish, rows, tiny_loop
 
 

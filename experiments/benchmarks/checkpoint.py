@@ -19,8 +19,8 @@ import torch
 from hydra import compose, initialize_config_module
 
 from envs.base import SimulatorEnv
-from pbrl.building import build
-from pbrl.configuration import register_resolvers
+from pbrl.launch.build import build
+from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
 from pbrl.types import Answer
 

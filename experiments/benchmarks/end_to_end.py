@@ -16,9 +16,9 @@ from hydra.utils import instantiate
 from stable_baselines3 import SAC
 
 from experiments.benchmarks.parts import straightforward
-from pbrl import reward
-from pbrl.building import build
-from pbrl.configuration import register_resolvers
+from pbrl import fitting
+from pbrl.launch.build import build
+from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
 
 TASKS = ("door-open", "button-press", "walker-walk", "cheetah-run")
@@ -119,10 +119,10 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     )
     cfg = config(*fixed, *OVERRIDES, *VARIANTS[variant])
     loop = build(cfg, {"env": "door-open", "updater": "pebble-published"}, [])
-    pairs = reward.BLOCK_PAIRS
+    pairs = fitting.BLOCK_PAIRS
     if variant == "stock":
         slow_down(loop)
-        reward.BLOCK_PAIRS = int(cfg.updater.batch_size)
+        fitting.BLOCK_PAIRS = int(cfg.updater.batch_size)
     loop.agent.prepare()
     split, agent = Split(), loop.agent
     split.wrap(agent, "train", "update")
@@ -139,7 +139,7 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     try:
         loop.run()
     finally:
-        reward.BLOCK_PAIRS = pairs
+        fitting.BLOCK_PAIRS = pairs
     cpu = time.process_time() - began
     shares = {f"{part}_share": seconds / cpu for part, seconds in sorted(split.seconds.items())}
     return {

@@ -11,11 +11,12 @@ import torch
 
 from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.update import Still, fill
-from pbrl.exploration import nearest_distances
+from pbrl.agent.exploration import nearest_distances
+from pbrl.agent.replay import RelabelReplay
+from pbrl.fitting import Fitting
 from pbrl.losses import bradley_terry_loss
 from pbrl.preferences import Preferences
-from pbrl.replay import RelabelReplay
-from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 
 OBS, ACT, HORIZON, BATCH = 39, 4, 50, 128  # Meta-World's door; B-Pref's reward batch

@@ -22,11 +22,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from pbrl.agent import make_agent
-from pbrl.bilevel.estimators import Implicit
+from pbrl.agent.sac import make_agent
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
+from pbrl.second_term.implicit import Implicit
 from pbrl.session import AgentSession
 from pbrl.types import Answer
 from pbrl.updaters.aparl import APARL

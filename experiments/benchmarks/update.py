@@ -16,7 +16,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 
 from experiments.benchmarks.timing import interleaved
-from pbrl.agent import PreferenceSAC, make_agent
+from pbrl.agent.sac import PreferenceSAC, make_agent
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lean": {"obs": 24, "act": 6, "net_arch": (256, 256), "batch": 256},

@@ -29,7 +29,7 @@ import numpy as np
 
 from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
-from pbrl.checkpoint import load_latest, non_finite
+from pbrl.records.checkpoint import load_latest, non_finite
 
 PARTS = "experiments.faults.parts"
 TEACHER = [f"teacher._target_={PARTS}.FailingTeacher"]

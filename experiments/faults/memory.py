@@ -18,8 +18,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
-from pbrl.building import build
-from pbrl.configuration import register_resolvers
+from pbrl.launch.build import build
+from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
 
 WARM_UP = 40_000  # environment steps

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pbrl.building
+import pbrl.launch.build
 import pbrl.loop
 import pbrl.train
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pbrl.checkpoint import Loaded, load_latest
+from pbrl.records.checkpoint import Loaded, load_latest
 
 TIMED = ("seconds", "metrics_bytes")  # of run.json
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from pbrl.bilevel.estimators import Implicit, covariance_term, implicit_term, win_rate_term
-from pbrl.bilevel.fresh import Labelled, Trajectories, check_share, cut, labelled, training_rows
-from pbrl.bilevel.gate import Gate, as_gate, as_limit
-from pbrl.bilevel.second_term import Estimate, Safeguard, WeightedRows
-from pbrl.bilevel.upper import (
+from pbrl.fitting import Fitting
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble
+from pbrl.second_term.fresh import Labelled, Trajectories, check_share, cut, labelled, training_rows
+from pbrl.second_term.gate import Gate, as_gate, as_limit
+from pbrl.second_term.guard import Estimate, Safeguard, WeightedRows
+from pbrl.second_term.implicit import Implicit, covariance_term, implicit_term, win_rate_term
+from pbrl.second_term.upper import (
     Regulariser,
     ScoreRows,
     Utility,
@@ -28,8 +31,6 @@ from pbrl.bilevel.upper import (
     preference_values,
     utility_scores,
 )
-from pbrl.preferences import Preferences
-from pbrl.reward import Fitting, RewardEnsemble
 from pbrl.types import Session
 
 
@@ -43,7 +44,7 @@ class APARL:
     Args:
         epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
-        upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
+        upper: `preference` (the paper's) or `win_rate`; see `pbrl.second_term.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
         implicit: how Term 2 is estimated.
         gate: when it is used; off: always.

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbrl.bilevel.params import combine, gradient, leaves, linearize
+from pbrl.fitting import Fitting
 from pbrl.preferences import Preferences
-from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Params, Session
 
 Values = Callable[[Params], Tensor]  # critic parameters -> both critics' values, [2, B]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pbrl.fitting import Fitting
 from pbrl.preferences import Preferences
-from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Session
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pbrl.bilevel.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
-from pbrl.bilevel.gate import Gate, as_gate, as_limit
 from pbrl.bilevel.params import combine, norm
-from pbrl.bilevel.second_actor import Walk, bracket, climb, copied, divergence_from, draw
-from pbrl.bilevel.second_term import Estimate, Safeguard, WeightedRows
-from pbrl.bilevel.upper import Regulariser, ScoreRows, Utility, check_upper, direct, pair_scores, utility_scores
+from pbrl.fitting import Fitting
 from pbrl.preferences import Preferences
-from pbrl.reward import Fitting, RewardEnsemble
+from pbrl.reward import RewardEnsemble
+from pbrl.second_term.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
+from pbrl.second_term.gate import Gate, as_gate, as_limit
+from pbrl.second_term.guard import Estimate, Safeguard, WeightedRows
+from pbrl.second_term.penalty import Walk, bracket, climb, copied, divergence_from, draw
+from pbrl.second_term.upper import Regulariser, ScoreRows, Utility, check_upper, direct, pair_scores, utility_scores
 from pbrl.types import Params, Session
 
 REFERENCES = ("none", "initial", "pretrained")
@@ -29,7 +30,7 @@ class Penalty:
     Args:
         epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
-        upper: `preference` (the paper's) or `win_rate`; see `pbrl.bilevel.upper`.
+        upper: `preference` (the paper's) or `win_rate`; see `pbrl.second_term.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
         sigma: penalty strength at the first session, ≥ 0; 0: no second actor. Small: less bias, more noise.
         sigma_decay: factor per session, in (0, 1].

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.fitting import answer_loss, crops, train_epochs
 from pbrl.losses import log_likelihood, preference_logits
 from pbrl.preferences import Preferences
-from pbrl.reward import RewardEnsemble, answer_loss, crops, train_epochs
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Segments, Session
 
 

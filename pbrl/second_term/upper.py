@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.fresh import PARTS, Labelled, Trajectories, cut
 from pbrl.bilevel.params import gradient, leaves
 from pbrl.losses import log_likelihood
+from pbrl.second_term.fresh import PARTS, Labelled, Trajectories, cut
 from pbrl.types import Params, PolicyView, Segments
 
 if TYPE_CHECKING:

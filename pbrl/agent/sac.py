@@ -29,10 +29,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-from pbrl.exploration import Disagreement
-from pbrl.fast_update import FastUpdate, FusedAdam, supports
-from pbrl.policy import PreferencePolicy, initialise, squash
-from pbrl.replay import Batch, RelabelReplay, RewardFunction
+from pbrl.agent.exploration import Disagreement
+from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
+from pbrl.agent.networks import PreferencePolicy, initialise, squash
+from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 

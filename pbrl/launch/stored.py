@@ -20,10 +20,18 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.configuration import CONF, GROUPS, ConfigError
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError
 
 OWN = ("pbrl", "envs", "teachers", "stable_baselines3.common.callbacks")  # whose classes may always be called
-AGENT = "pbrl.agent.make_agent"  # the one function that a config names
+AGENT = "pbrl.agent.sac.make_agent"  # the one function that a config names
+MOVED = {  # modules whose classes stored configs name by their places of before version 0.2
+    "pbrl.agent": "pbrl.agent.sac",
+    "pbrl.bilevel.estimators": "pbrl.second_term.implicit",
+    "pbrl.bilevel.gate": "pbrl.second_term.gate",
+    "pbrl.bilevel.second_actor": "pbrl.second_term.penalty",
+    "pbrl.bilevel.upper": "pbrl.second_term.upper",
+    "pbrl.loggers": "pbrl.records.loggers",
+}
 
 
 @contextlib.contextmanager
@@ -100,7 +108,18 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         node = stored.get(group)
         if not isinstance(node, dict) or (group != "logger" and not isinstance(node.get("_target_"), str)):
             raise ConfigError(f"{path} is damaged: it has no table {group} with a _target_")
+    _rename_moved(stored)
     return stored, {str(group): str(name) for group, name in choices.items()}
+
+
+def _rename_moved(node: Any) -> None:
+    """Let each `_target_` of a module that has moved name its present place."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            _rename_moved(value)
+        elif key == "_target_" and isinstance(value, str):
+            module, _, name = value.rpartition(".")
+            node[key] = f"{MOVED.get(module, module)}.{name}"
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

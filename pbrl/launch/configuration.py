@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it prints what we raise
 
 GROUPS = ("env", "agent", "reward", "query", "teacher", "updater", "logger")
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parent.parent / "conf"
 # arguments that are known only at run time and passed in code
 PASSED = {
     "agent": {"env", "seed", "device"},

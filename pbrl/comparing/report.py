@@ -13,9 +13,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pbrl import plots
-from pbrl.comparison import Comparison
-from pbrl.tables import HEALTH, Row, Tables
+from pbrl.comparing import plots
+from pbrl.comparing.curves import Comparison
+from pbrl.comparing.tables import HEALTH, Row, Tables
 
 SEEDS_FOR_A_CLAIM = 5
 DPI = 130  # of the pictures

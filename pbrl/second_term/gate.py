@@ -44,7 +44,7 @@ def as_gate(value: Gate | str | bool | None) -> Gate | None:
         return value
     if value in ("off", False):
         return None
-    raise ValueError(f"updater.gate={value!r}; expected off, or threshold and consecutive of pbrl.bilevel.gate.Gate")
+    raise ValueError(f"updater.gate={value!r}; expected off, or threshold and consecutive of second_term.gate.Gate")
 
 
 def as_limit(value: float | str) -> float:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from omegaconf import OmegaConf
 
-from pbrl.statistics import Array
+from pbrl.comparing.statistics import Array
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's

@@ -28,8 +28,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.configuration import ConfigError, register_resolvers
-from pbrl.stored import differences, lock
+from pbrl.launch.configuration import ConfigError, register_resolvers
+from pbrl.launch.stored import differences, lock
 
 register_resolvers()  # a launcher's worker imports this module and not pbrl.train
 
@@ -118,13 +118,13 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _run(job: bytes, log: Path, cwd: Path, threads: int | None) -> tuple[str, str]:
-    """Run `python -m pbrl.sweep` on this job; its standard input stays open as long as we live."""
+    """Run `python -m pbrl.launch.sweep` on this job; its standard input stays open as long as we live."""
     environment = dict(os.environ) | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("ab") as output:
         start = output.tell()
-        command = [sys.executable, "-m", "pbrl.sweep"]
+        command = [sys.executable, "-m", "pbrl.launch.sweep"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=cwd, env=environment
         )
@@ -185,8 +185,8 @@ class Summary(Callback):
 
 def main() -> None:
     """One run of a sweep: the job comes on standard input, whose end means that nobody waits for it any more."""
-    from pbrl.checkpoint import CheckpointError
-    from pbrl.train import run
+    from pbrl.launch.one_run import run
+    from pbrl.records.checkpoint import CheckpointError
 
     cfg, choices, overrides, folder = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_stop_when_alone, daemon=True).start()

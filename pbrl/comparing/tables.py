@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pbrl.comparison import Comparison, Curves
-from pbrl.runs import ORACLE
-from pbrl.statistics import (
+from pbrl.comparing.curves import Comparison, Curves
+from pbrl.comparing.runs import ORACLE
+from pbrl.comparing.statistics import (
     Array,
     bootstrap_interval,
     common_grid,

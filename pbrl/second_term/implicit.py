@@ -3,8 +3,8 @@
     Term 2 = −∂_phi ⟨∂_theta V, x⟩ = −mean_j Σ_h gamma^h c_jh ∂_phi r_phi(s_jh, a_jh)
     (A − damping · I) x = ∂_theta G
 
-PARL eq. (12)–(17), (28)–(31). The two factors never share a step (`pbrl.bilevel.fresh`). Nothing of size dim(theta)²
-is stored.
+PARL eq. (12)–(17), (28)–(31). The two factors never share a step (`pbrl.second_term.fresh`). Nothing of size
+dim(theta)² is stored.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.fresh import PARTS, Labelled, Trajectories
 from pbrl.bilevel.implicit import mean_eigenvalue, solve_curvature, traces
 from pbrl.bilevel.params import leaves
-from pbrl.bilevel.second_term import Estimate, WeightedRows
 from pbrl.bilevel.surrogates import (
     Curvature,
     discounted_weights,
@@ -27,6 +25,8 @@ from pbrl.bilevel.surrogates import (
     paper_curvature,
     value_surrogate,
 )
+from pbrl.second_term.fresh import PARTS, Labelled, Trajectories
+from pbrl.second_term.guard import Estimate, WeightedRows
 from pbrl.types import Params, PolicyView, Segments
 
 ESTIMATORS = ("fisher", "full", "paper", "covariance", "off")

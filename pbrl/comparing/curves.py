@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pbrl.runs import ORACLE, ComparisonError, Run, Selection
-from pbrl.statistics import Array, area_under_curve, common_grid, interquartile_mean, last_observation
+from pbrl.comparing.runs import ORACLE, ComparisonError, Run, Selection
+from pbrl.comparing.statistics import Array, area_under_curve, common_grid, interquartile_mean, last_observation
 
 TAIL = 0.1  # share of the steps, at the end, that makes up the final score
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from pbrl.agent import PreferenceSAC
+from pbrl.agent.sac import PreferenceSAC
 from pbrl.losses import calibration_error, correct
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query

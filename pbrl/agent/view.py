@@ -9,11 +9,11 @@ from stable_baselines3.sac.policies import Actor
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pbrl.policy import LOG_SQRT_2PI, squash
+from pbrl.agent.networks import LOG_SQRT_2PI, squash
 from pbrl.types import Params
 
 if TYPE_CHECKING:
-    from pbrl.agent import PreferenceSAC
+    from pbrl.agent.sac import PreferenceSAC
 
 
 class _Distribution(nn.Module):

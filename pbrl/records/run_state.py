@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pbrl.checkpoint import Loaded, global_generators, restore_global_generators, save_checkpoint
 from pbrl.preferences import Preferences
+from pbrl.records.checkpoint import Loaded, global_generators, restore_global_generators, save_checkpoint
+from pbrl.records.wire import pack_query, unpack_query
 from pbrl.schedule import Due
-from pbrl.wire import pack_query, unpack_query
 
 if TYPE_CHECKING:
     from pbrl.loop import Loop

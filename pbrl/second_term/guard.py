@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.gate import Gate
 from pbrl.bilevel.params import cosine, norm
+from pbrl.second_term.gate import Gate
 from pbrl.types import Params
 
 if TYPE_CHECKING:

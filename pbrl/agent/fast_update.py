@@ -22,11 +22,11 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pbrl.policy import LOG_SQRT_2PI, SQUASH_EPSILON, SquashedStdActor
+from pbrl.agent.networks import LOG_SQRT_2PI, SQUASH_EPSILON, SquashedStdActor
 
 if TYPE_CHECKING:
-    from pbrl.agent import PreferenceSAC
-    from pbrl.replay import Batch
+    from pbrl.agent.replay import Batch
+    from pbrl.agent.sac import PreferenceSAC
 
 masked = torch.ops.aten.threshold_backward  # gradient where the activation is positive, else 0
 

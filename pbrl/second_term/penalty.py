@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbrl.bilevel.fresh import Trajectories
 from pbrl.bilevel.params import leaves
 from pbrl.bilevel.penalty import normalized_ascent
-from pbrl.bilevel.second_term import WeightedRows
 from pbrl.bilevel.surrogates import discounted_weights
+from pbrl.second_term.fresh import Trajectories
+from pbrl.second_term.guard import WeightedRows
 from pbrl.types import Params, PolicyView, Session
 
 

@@ -20,15 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from stable_baselines3.common.utils import set_random_seed
 
 from pbrl.asking import AnswerJournal
-from pbrl.checkpoint import CheckpointError, write_atomically
-from pbrl.configuration import ConfigError, check, check_arguments, check_resumed
-from pbrl.evaluation import OracleCurve
-from pbrl.loggers import JsonLines, Loggers, Sink
+from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed
+from pbrl.launch.stored import changes, read_config
 from pbrl.loop import Loop, Parts
 from pbrl.preferences import Preferences
+from pbrl.records.checkpoint import CheckpointError, write_atomically
+from pbrl.records.evaluation import OracleCurve
+from pbrl.records.loggers import JsonLines, Loggers, Sink
 from pbrl.rollouts import Rollouts
 from pbrl.schedule import Evaluation, Feedback, Pretraining
-from pbrl.stored import changes, read_config
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
 Made = TypeVar("Made")

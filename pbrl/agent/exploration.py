@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbrl.replay import RelabelReplay
+from pbrl.agent.replay import RelabelReplay
 
 CHUNK = 4096  # replay observations compared at a time: the block of distances stays in cache
 

@@ -1,0 +1,1 @@
+"""Finished runs, read from their files alone: curves, tables, figures, statistics, reports."""

@@ -1,0 +1,194 @@
+"""How a reward is fitted to answers: the Bradley–Terry cross-entropy, crops in time, and B-Pref's epochs over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbrl.losses import bradley_terry_loss, correct, preference_logits
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Segments
+
+BLOCK_PAIRS = 32  # pairs of one forward and backward pass: activations stay in the second-level cache
+
+
+def answer_loss(
+    reward: RewardEnsemble,
+    member: int,
+    first: Segments,
+    second: Segments,
+    labels: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
+    shrink: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of one member on B answered pairs, as `MemberLoss` returns it.
+
+    Args:
+        labels: in [0, 1], float32 [B].
+        kept: the steps of each first and second segment that count, bool [B, H] each; None: all.
+        shrink: times the mean squared reward of a step, added to the loss.
+    """
+    device = reward.device
+    left, right = (reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second))
+    size = shrink * (left.square().mean() + right.square().mean()) if shrink else 0.0
+    if kept is not None:
+        left, right = left * kept[0].to(device), right * kept[1].to(device)
+    labels = labels.to(device)
+    hits, decided = correct(preference_logits(left.detach(), right.detach()), labels)
+    return bradley_terry_loss(left, right, labels) + size, hits, decided
+
+
+def crops(count: int, steps: int, shortest: int, longest: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random crops in time of `count` pairs of `steps` steps (SURF, QPA): which steps count, bool [count, steps] each.
+
+    Both segments of a pair keep the same number of steps, ~ U{shortest, …, longest} (at most `steps`), from
+    independent, uniformly drawn starts.
+    """
+    lengths = rng.integers(shortest, min(longest, steps), size=count, endpoint=True)
+    first, second = (rng.integers(0, steps - lengths, endpoint=True) for _ in range(2))
+    step = np.arange(steps)[None]
+    kept = [(step >= start[:, None]) & (step < (start + lengths)[:, None]) for start in (first, second)]
+    return torch.from_numpy(kept[0]), torch.from_numpy(kept[1])
+
+
+class MemberLoss(Protocol):
+    """Mean loss of one member on the pairs at `index`: (loss [], right answers [], decided labels [])."""
+
+    def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def train_epochs(
+    reward: RewardEnsemble,
+    loss: MemberLoss,
+    size: int,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    stop_accuracy: float,
+    rng: np.random.Generator,
+    extra_gradient: Callable[[], None] | None = None,
+    least_steps: int = 0,
+) -> dict[str, float]:
+    """B-Pref's training of a reward ensemble (REFERENCE: `train_reward`), each member on its own shuffled mini-batches.
+
+    One optimiser step per mini-batch on the sum of the members' losses, taken in blocks of pairs that stay in the cache
+    (1.3 times as fast at 128 pairs of 50 steps); stops after the first epoch in which the
+    accuracy, averaged over members and measured while training, exceeds `stop_accuracy`.
+
+    Args:
+        loss: see `MemberLoss`.
+        size: number of pairs; 0 trains nothing.
+        batch_size: pairs per member and step.
+        max_epochs: passes over the data at the most.
+        stop_accuracy: in [0, 1]; above 1 means never.
+        rng: shuffles.
+        extra_gradient: called after each backward pass and before the step; may change the gradients.
+        least_steps: optimiser steps before which it does not end, whatever the two limits above say.
+
+    Returns:
+        reward/loss (nats per pair and member, last epoch), reward/accuracy (last epoch), reward/epochs.
+    """
+    members = range(len(reward.members))
+    mean_loss, accuracy, epoch = float("nan"), float("nan"), 0
+    least_epochs = -(-least_steps // max(-(-size // batch_size), 1))
+    max_epochs = max(max_epochs, least_epochs)
+    for epoch in range(1, (max_epochs if size else 0) + 1):
+        orders = [rng.permutation(size) for _ in members]
+        losses, hits, decided = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for start in range(0, size, batch_size):
+            reward.optimizer.zero_grad(set_to_none=True)
+            for m in members:
+                index = orders[m][start : start + batch_size]
+                for block in (index[i : i + BLOCK_PAIRS] for i in range(0, len(index), BLOCK_PAIRS)):
+                    value, right, counted = loss(m, block)
+                    (value * (len(block) / len(index))).backward()  # gradients add up to the whole's
+                    losses += value.detach().cpu() * len(block)
+                    hits += right.cpu()
+                    decided += counted.cpu()
+            if extra_gradient is not None:
+                extra_gradient()
+            reward.optimizer.step()
+        mean_loss = float(losses) / (size * len(members))
+        accuracy = float(hits / decided) if decided else 1.0
+        if not np.isfinite(mean_loss):
+            raise FloatingPointError(f"the reward's loss became {mean_loss} in epoch {epoch} of its training")
+        if accuracy > stop_accuracy and epoch >= least_epochs:
+            break
+    return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """PEBBLE's whole update: cross-entropy of every member on all answers, or some, by `train_epochs`.
+
+    Args:
+        epochs: passes over the answers at the most, ≥ 1.
+        batch_size: pairs per member and step, ≥ 1.
+        stop_accuracy: stop after the first epoch above it; above 1: never.
+        least_steps: optimiser steps, ≥ 0, that both limits above wait for: with few answers they end too soon.
+        crop: share of a pair's steps, in [0, 1), of which a random part is left out each time it is drawn (QPA's
+            augmentation; see `crops`). It teaches which steps were good, not only which segments.
+        shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
+            rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
+            times (H / 50)² for H, as answers are about sums of H rewards.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    epochs: int
+    batch_size: int
+    stop_accuracy: float
+    least_steps: int = 0
+    crop: float = 0.0
+    shrink: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"updater.{name}={getattr(self, name)}; expected at least 1")
+        for name, good in (
+            ("least_steps", self.least_steps >= 0),
+            ("crop", 0 <= self.crop < 1),
+            ("shrink", self.shrink >= 0),
+        ):
+            if not good:
+                raise ValueError(f"updater.{name}={getattr(self, name)} is out of range")
+
+    def __call__(
+        self,
+        reward: RewardEnsemble,
+        preferences: Preferences,
+        rng: np.random.Generator,
+        rows: np.ndarray | None = None,
+        extra_gradient: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics."""
+        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
+        steps = preferences.horizon
+        shortest = max(round((1 - self.crop) * steps), 1)
+        shrink = self.shrink * (steps / 50) ** 2
+
+        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            chosen = index if rows is None else rows[index]
+            kept = crops(len(index), steps, shortest, steps, rng) if self.crop else None
+            answers = labels[torch.from_numpy(chosen)]
+            return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
+
+        return train_epochs(
+            reward,
+            loss,
+            len(preferences) if rows is None else len(rows),
+            batch_size=self.batch_size,
+            max_epochs=self.epochs,
+            stop_accuracy=self.stop_accuracy,
+            rng=rng,
+            extra_gradient=extra_gradient,
+            least_steps=self.least_steps,
+        )

@@ -1,0 +1,1 @@
+"""Above the loop: from a command line to parts that are ready to run."""
