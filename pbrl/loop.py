@@ -28,7 +28,15 @@ from pbrl.preferences import Preferences
 from pbrl.queries import Choose, QueryRule, Uniform
 from pbrl.records import run_state
 from pbrl.records.checkpoint import StepLog, load_latest, non_finite, write_atomically
-from pbrl.records.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, pair_rows, rank_correlation, reward_health
+from pbrl.records.evaluation import (
+    PAIR_COLUMNS,
+    OracleCurve,
+    evaluate,
+    over_optimisation,
+    pair_rows,
+    rank_correlation,
+    reward_health,
+)
 from pbrl.records.loggers import Loggers, plain
 from pbrl.records.videos import film_pairs, film_states
 from pbrl.reward import RewardEnsemble
@@ -40,6 +48,7 @@ from pbrl.types import Answer, Query, RewardUpdater, Teacher
 CHUNK = 100  # environment steps between two looks at the progress bar
 FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
+HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
 
 
 class Stopped(Exception):
@@ -157,7 +166,7 @@ class Loop:
         agent.batch_reward = self.entropy if not self.pretrained else None
 
     def _pay(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        return self.agent.disagreement(self.parts.reward.predict(obs, actions), self.step)
+        return self.parts.reward.pay(self.parts.reward.predict(obs, actions), self.step)
 
     def _act(self) -> None:
         self.agent.replay_buffer.hybrid = bool(self._left())
@@ -298,6 +307,8 @@ class Loop:
         metrics = evaluate(self.agent, env, self.evaluation.episodes, self.evaluation.seed, states)
         if self.oracle is not None:
             metrics |= self.oracle.metrics(self.step, metrics["eval/return"])
+        if self.asks and self.sessions:
+            metrics |= self._over_optimisation()
         self._log(metrics)
         if states is not None:
             self._film("eval/video", lambda path: film_states(env, states, path))
@@ -336,14 +347,23 @@ class Loop:
             "feedback/equal": counts["equal"],
             "feedback/stored_pairs": len(parts.preferences),
         }
-        since = max(self.step - self.feedback.every, 0)
-        recent = parts.rollouts.total - (self.step - since)
-        if len(parts.rollouts.starts(self.segment_length, max(recent, 0))):
-            fresh = parts.rollouts.query(HEALTH_PAIRS, self.segment_length, self.health_rng, max(recent, 0))
+        recent = self._of_present_policy()
+        if len(parts.rollouts.starts(self.segment_length, recent)):
+            fresh = parts.rollouts.query(HEALTH_PAIRS, self.segment_length, self.health_rng, recent)
             metrics["reward/rank_correlation"] = rank_correlation(parts.reward, fresh)
+        metrics |= self._over_optimisation()
         if hasattr(parts.teacher, "metrics"):
             metrics |= parts.teacher.metrics()
         return metrics
+
+    def _of_present_policy(self) -> int:
+        """Index of the first step that counts as the present policy's: those of one interval between sessions."""
+        return max(self.parts.rollouts.total - min(self.step, self.feedback.every), 0)
+
+    def _over_optimisation(self) -> dict[str, float]:
+        rollouts, reward = self.parts.rollouts, self.parts.reward
+        recent, kept = rollouts.steps(self._of_present_policy(), HEALTH_STEPS), rollouts.steps(0, HEALTH_STEPS)
+        return over_optimisation(reward, self.step, recent, kept)
 
     def _log_training(self) -> None:
         self.due.log = self.step + self.log_every

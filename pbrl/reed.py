@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbrl.reward import ACTIVATIONS, RewardEnsemble
+from pbrl.standardise import Standardise
 from pbrl.types import Session
 
 
@@ -28,8 +29,8 @@ class DynamicsAwareReward(RewardEnsemble):
     in each; Adam on batches of 256 instead of plain gradient descent on 12; at most `max_updates` steps a session.
 
     Args:
-        obs_dim, act_dim, members, hidden, activation, output, learning_rate, seed: as in `RewardEnsemble`; `hidden`
-            are the widths of the heads.
+        obs_dim, act_dim, members, hidden, activation, output, learning_rate, seed, normalise and those of the pay: as
+            in `RewardEnsemble`; `hidden` are the widths of the heads, and the encoder's inputs are standardised.
         state_embedding, action_embedding: sizes of f(s) and of the action's embedding.
         embedding: size of z.
         epochs: passes over the replay before each reward update, counted in drawn transitions.
@@ -54,11 +55,32 @@ class DynamicsAwareReward(RewardEnsemble):
         max_updates: int | None = 2000,
         dynamics_batch_size: int = 256,
         dynamics_learning_rate: float = 1e-3,
+        normalise: bool = False,
+        pessimism: float = 0.0,
+        pessimism_decay: float = 0.0,
+        lowest_of: int = 1,
+        disagreement_bonus: float = 0.0,
+        disagreement_decay: float = 0.0,
     ) -> None:
         for name, value in (("epochs", epochs), ("max_updates", max_updates), ("embedding", embedding)):
             if value is not None and value < 1:
                 raise ValueError(f"reward.{name}={value}; expected at least 1")
-        super().__init__(embedding, 0, members, hidden, activation, output, learning_rate, seed)
+        super().__init__(
+            embedding,
+            0,
+            members,
+            hidden,
+            activation,
+            output,
+            learning_rate,
+            seed,
+            pessimism=pessimism,
+            pessimism_decay=pessimism_decay,
+            lowest_of=lowest_of,
+            disagreement_bonus=disagreement_bonus,
+            disagreement_decay=disagreement_decay,
+        )
+        self.obs_scale, self.action_scale = Standardise(obs_dim, normalise), Standardise(act_dim, normalise)
         layer = ACTIVATIONS[activation]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
@@ -79,7 +101,12 @@ class DynamicsAwareReward(RewardEnsemble):
 
     def encode(self, obs: Tensor, actions: Tensor) -> Tensor:
         """z = e(s, a): float32 [..., embedding]."""
-        return self.joint(torch.cat([self.state_encoder(obs), self.action_encoder(actions)], dim=-1))
+        parts = [self._state(obs), self.action_encoder(self.action_scale(actions))]
+        return self.joint(torch.cat(parts, dim=-1))
+
+    def _state(self, obs: Tensor) -> Tensor:
+        """f(s): float32 [..., state_embedding]."""
+        return self.state_encoder(self.obs_scale(obs))
 
     def member(self, index: int, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by one member: float32 [...] for obs [..., obs_dim] and actions [..., act_dim]."""
@@ -96,7 +123,7 @@ class DynamicsAwareReward(RewardEnsemble):
     def dynamics_loss(self, obs: Tensor, actions: Tensor, next_obs: Tensor) -> Tensor:
         """L of the module's text: float32 [], in [−1, 1]."""
         with torch.no_grad():
-            target = self.state_encoder(next_obs)
+            target = self._state(next_obs)
         return -F.cosine_similarity(self.predictor(self.encode(obs, actions)), target, dim=-1).mean()
 
     def pretrain(self, session: Session) -> dict[str, float]:
@@ -105,6 +132,7 @@ class DynamicsAwareReward(RewardEnsemble):
         Returns:
             reward/dynamics_loss (mean over the steps).
         """
+        super().pretrain(session)
         updates = max(self.epochs * session.env_step // self.dynamics_batch_size, 1)
         updates = updates if self.max_updates is None else min(updates, self.max_updates)
         total = torch.zeros((), device=self.device)

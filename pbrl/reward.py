@@ -10,6 +10,8 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
+from pbrl.pay import Pay
+from pbrl.standardise import Standardise
 from pbrl.types import Segments, Session
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -69,6 +71,9 @@ class RewardEnsemble(nn.Module):
         learning_rate: of the one Adam over all members.
         seed: of the initial weights.
         precision: fp32, or bf16: hidden layers' products in bfloat16, in training and for more than one row.
+        normalise: standardise observations and actions by their mean and deviation over the replay when the first
+            answers are fitted, and by the same from then on (see `pretrain`).
+        pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay: see `pbrl.pay.Pay`.
 
     Raises:
         ValueError: for fewer than one member or an unknown activation, output or precision.
@@ -85,10 +90,17 @@ class RewardEnsemble(nn.Module):
         learning_rate: float = 3e-4,
         seed: int = 0,
         precision: str = "fp32",
+        normalise: bool = False,
+        pessimism: float = 0.0,
+        pessimism_decay: float = 0.0,
+        lowest_of: int = 1,
+        disagreement_bonus: float = 0.0,
+        disagreement_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        if members < 1:
-            raise ValueError(f"reward.members={members}; expected at least 1")
+        if members < max(lowest_of, 1):
+            raise ValueError(f"reward.members={members}; expected at least {max(lowest_of, 1)}")
+        self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
         choices: list[tuple[str, str, Iterable[str]]] = [
             ("activation", activation, ACTIVATIONS),
             ("output", output, OUTPUTS),
@@ -105,6 +117,7 @@ class RewardEnsemble(nn.Module):
         for member in self.members:
             member.bf16 = precision == "bf16"  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+        self.obs_scale, self.action_scale = Standardise(obs_dim, normalise), Standardise(act_dim, normalise)
 
     @staticmethod
     def _build(
@@ -122,15 +135,15 @@ class RewardEnsemble(nn.Module):
 
     def member(self, index: int, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by one member: float32 [...] for obs [..., obs_dim] and actions [..., act_dim]."""
-        return self.members[index](torch.cat([obs, actions], dim=-1)).squeeze(-1)
+        return self.members[index](self._inputs(obs, actions)).squeeze(-1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Rewards by every member: float32 [M, ...]."""
-        inputs = torch.cat([obs, actions], dim=-1)
+        inputs = self._inputs(obs, actions)
         return torch.cat([member(inputs) for member in self.members], dim=-1).movedim(-1, 0)
 
     def mean(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """The ensemble's reward, float32 [...]: what the agent is paid."""
+        """The ensemble's reward, float32 [...]."""
         return self.forward(obs, actions).mean(dim=0)
 
     @torch.no_grad()
@@ -146,9 +159,13 @@ class RewardEnsemble(nn.Module):
         ]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).numpy()
 
+    def _inputs(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """The members' inputs: float32 [..., obs_dim + act_dim]."""
+        return torch.cat([self.obs_scale(obs), self.action_scale(actions)], dim=-1)
+
     def _row(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """The members' inputs at one step."""
-        return np.concatenate([obs, actions])
+        return np.concatenate([self.obs_scale.row(obs), self.action_scale.row(actions)])
 
     @torch.no_grad()
     def returns(self, segments: Segments) -> Tensor:
@@ -162,7 +179,14 @@ class RewardEnsemble(nn.Module):
         return self.returns(first) - self.returns(second)
 
     def pretrain(self, session: Session) -> dict[str, float]:
-        """What a reward learns without answers, before each update; returns metrics. Nothing, unless overridden."""
+        """What a reward learns without answers, before each update; returns metrics.
+
+        Here: what its inputs' mean and deviation are, if it standardises them; before the first update only. Moved
+        later they would change every reward that was fitted to the answers, without any answer asking for it.
+        """
+        if self.obs_scale.on and not self.obs_scale.known:
+            for scale, moments in zip((self.obs_scale, self.action_scale), session.moments(), strict=True):
+                scale.set(*moments)
         return {}
 
     def state(self) -> dict[str, Any]:

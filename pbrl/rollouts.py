@@ -90,6 +90,16 @@ class Rollouts:
         recent = kept[self.episode[kept % self.capacity] > self.episodes - count]
         return int(recent[0]) if len(recent) else self.total
 
+    def steps(self, since: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the kept steps from step index `since` on, evenly spaced ones, `most` at the most.
+
+        Returns:
+            Observations [N, obs_dim], actions [N, act_dim] and task rewards [N], float32.
+        """
+        kept = np.arange(max(since, self.total - self.capacity, 0), self.total)
+        index = kept[:: -(-len(kept) // most) or 1] % self.capacity
+        return self.obs[index], self.actions[index], self.task_rewards[index]
+
     def segments(self, starts: np.ndarray, horizon: int) -> Segments:
         """The segments of `horizon` steps that begin at these step indices: copies, [len(starts), horizon, ·]."""
         index = (starts[:, None] + np.arange(horizon)) % self.capacity

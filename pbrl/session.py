@@ -10,7 +10,7 @@ from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
 from pbrl.rollouts import Rollouts
-from pbrl.types import Params, Query, Segments
+from pbrl.types import Moments, Params, Query, Segments
 
 
 class AgentSession:
@@ -93,6 +93,9 @@ class AgentSession:
     def transitions(self, count: int) -> dict[str, Tensor]:
         batch = self.agent.replay_buffer.draw(count, self.rng)
         return {"obs": batch.obs, "actions": batch.actions, "next_obs": batch.next_obs, "not_done": batch.not_done}
+
+    def moments(self) -> tuple[Moments, Moments]:
+        return self.agent.replay_buffer.moments()
 
     def novelty(self, obs: Tensor, nearest: int) -> Tensor:
         replay = self.agent.replay_buffer

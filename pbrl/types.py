@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pbrl.reward import RewardEnsemble
 
 Params = dict[str, Tensor]
+Moments = tuple[np.ndarray, np.ndarray]  # mean and standard deviation, float64 [size] each
 
 
 def expect(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
@@ -229,6 +230,9 @@ class Session(Protocol):
 
     def transitions(self, count: int) -> Mapping[str, Tensor]:
         """`count` random replay rows: obs, actions, next_obs, not_done (float32 [count, ...])."""
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """Mean and standard deviation of all observations in the replay, and of all actions: float64 [·] each."""
 
     def novelty(self, obs: Tensor, nearest: int) -> Tensor:
         """Distance of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one: float32 [B]."""

@@ -1,4 +1,4 @@
-"""The state-entropy bonus against its plain definition; disagreement by hand."""
+"""The state-entropy bonus against its plain definition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from pbrl.agent.exploration import Disagreement, StateEntropy, nearest_distances
+from pbrl.agent.exploration import StateEntropy, nearest_distances
 from pbrl.agent.replay import RelabelReplay
 
 
@@ -52,10 +52,3 @@ def test_the_bonus_is_the_distance_in_running_standard_deviations() -> None:
 def test_there_is_no_bonus_before_there_are_neighbours() -> None:
     points = np.zeros((5, 2), np.float32)
     assert StateEntropy(stocked(points), nearest=5)(torch.ones(4, 2)).equal(torch.zeros(4))
-
-
-def test_disagreement_is_paid_less_and_less() -> None:
-    rewards = np.array([[0.0, 1.0], [2.0, 1.0]], np.float32)
-    np.testing.assert_allclose(Disagreement(0.5, 0.1)(rewards, 0), [1.5, 1.0])
-    np.testing.assert_allclose(Disagreement(0.5, 0.1)(rewards, 2), [1 + 0.5 * 0.81, 1.0], rtol=1e-6)
-    np.testing.assert_array_equal(Disagreement()(rewards, 0), [1.0, 1.0])

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from envs.pointmass import PointMass
-from pbrl.agent.exploration import Disagreement, StateEntropy
+from pbrl.agent.exploration import StateEntropy
 from pbrl.agent.replay import RelabelReplay
 from pbrl.agent.sac import make_agent
 from pbrl.bilevel.params import gradient, leaves
@@ -383,17 +383,8 @@ def test_reeds_weights_depend_on_the_seed_only() -> None:
 # ------------------------------------------------------------------------------------------------ RUNE and QPA
 
 
-def test_runes_bonus_by_hand() -> None:
-    rewards = np.array([[1.0, 0.0], [3.0, 0.0]], np.float32)  # means 2, 0; standard deviations 1, 0
-    assert Disagreement()(rewards, 100).tolist() == [2.0, 0.0]
-    assert Disagreement(0.05, 1e-3)(rewards, 0).tolist() == pytest.approx([2.05, 0.0])
-    assert Disagreement(0.05, 1e-3)(rewards, 1000).tolist() == pytest.approx([2 + 0.05 * 0.999**1000, 0.0])
-    with pytest.raises(ValueError, match="disagreement_bonus"):
-        Disagreement(-1.0)
-
-
 def test_runes_bonus_is_stored_and_relabelled(tmp_path: Path) -> None:
-    loop = tiny_loop(tmp_path / "run", "agent.disagreement_bonus=0.5", "total_steps=210")
+    loop = tiny_loop(tmp_path / "run", "reward.disagreement_bonus=0.5", "total_steps=210")
     loop.run()
     replay = loop.agent.replay_buffer
     obs, actions = replay.observations[:150, 0].copy(), replay.actions[:150, 0].copy()
@@ -462,7 +453,7 @@ def test_bounded_novelty_is_centred_and_clipped() -> None:
     [
         ("updater=aparl", "query=disagreement", "agent.hybrid_ratio=0.5", "teacher=mistake"),
         ("updater=surf", "query=k-center-disagreement", "reward=reed", "teacher=equal"),
-        ("updater=mrn", "updater.meta_every=50", "query=near-policy", "agent.disagreement_bonus=0.05"),
+        ("updater=mrn", "updater.meta_every=50", "query=near-policy", "reward.disagreement_bonus=0.05"),
         ("updater=rime", "updater.warm_updates=20", "query=branch", "teacher=skip", "agent.hybrid_ratio=0.5"),
     ],
     ids=lambda options: options[0].split("=")[1],
@@ -489,7 +480,7 @@ RESUMED = {
     "mrn": ("updater=mrn", "updater.meta_every=30"),
     "rime": ("updater=rime", "updater.warm_updates=20", "updater.epochs=3"),
     "reed": ("reward=reed", "reward.embedding=16", "reward.max_updates=20"),
-    "rune-qpa": ("agent.disagreement_bonus=0.1", "agent.hybrid_ratio=0.5", "query=near-policy"),
+    "rune-qpa": ("reward.disagreement_bonus=0.1", "agent.hybrid_ratio=0.5", "query=near-policy"),
 }
 
 
@@ -513,8 +504,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("updater=oracle", "agent.disagreement_bonus=0.05"), "learns no reward"),
-        (("agent.disagreement_bonus=0.05", "reward.members=1", "query=uniform"), "members of at least 2"),
+        (("updater=oracle", "reward.disagreement_bonus=0.05"), "learns no reward"),
+        (("reward.disagreement_bonus=0.05", "reward.members=1", "query=uniform"), "members of at least 2"),
         (("reward.members=1",), "query.score=disagreement"),
         (("query=branch", "env._target_=tests.test_methods.Stateless"), "branch_share"),
         (("updater=oracle", "import_preferences=some.npz"), "import_preferences"),

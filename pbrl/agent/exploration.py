@@ -1,11 +1,9 @@
-"""Why the agent goes where it has not been: novelty before any answer (PEBBLE §4.1), then the members' disagreement."""
+"""Why the agent goes where it has not been: novelty, before any answer (PEBBLE §4.1)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,39 +34,6 @@ def nearest_distances(queries: Tensor, stored: Tensor, k: int) -> Tensor:
         nearest = squares.topk(min(k + 1, len(chunk)), dim=1, largest=False).values
         best = torch.cat([best, nearest], dim=1).topk(k + 1, dim=1, largest=False).values
     return (best[:, -1] + queries.square().sum(1)).clamp_min(0).sqrt()
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """What an ensemble pays: its mean and a fading share of its disagreement (RUNE, Liang et al., ICLR 2022).
-
-        r_t(s, a) = mean_m r_m(s, a) + bonus (1 − decay)^t std_m r_m(s, a)
-
-    Relabelling at step t pays both parts anew.
-
-    Args:
-        bonus: beta; 0: off. decay: rho, per environment step.
-
-    Raises:
-        ValueError: for a number out of range.
-    """
-
-    bonus: float = 0.0
-    decay: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.bonus < 0 or not 0 <= self.decay < 1:
-            raise ValueError(
-                f"agent.disagreement_bonus={self.bonus}, agent.disagreement_decay={self.decay}; "
-                "expected a bonus ≥ 0 and a decay in [0, 1)"
-            )
-
-    def __call__(self, rewards: np.ndarray, step: int) -> np.ndarray:
-        """Pay for the members' rewards, float32 [M, N], at environment step `step`: float32 [N]."""
-        mean = rewards.mean(axis=0)
-        if not self.bonus:
-            return mean
-        return mean + np.float32(self.bonus * (1 - self.decay) ** step) * rewards.std(axis=0)
 
 
 class StateEntropy:

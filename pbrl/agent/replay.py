@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from torch import Tensor
+
+from pbrl.types import Moments
 
 RewardFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # obs [N, ·], actions [N, ·] -> float32 [N]
 BLOCK = 65_536  # rows relabelled at a time
@@ -86,6 +89,15 @@ class RelabelReplay(ReplayBuffer):
         rows = torch.from_numpy(packed).to(self.device, non_blocking=True)
         obs, actions, next_obs, rewards, done, timeout = rows.split(self._split, dim=1)
         return Batch(obs, actions, next_obs, rewards.squeeze(1), (1 - done * (1 - timeout)).squeeze(1))
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """Mean and standard deviation of all stored observations, and of all actions: float64 [·] each."""
+        size, (obs_dim, act_dim, *_) = self.size(), self._split
+        running = RunningMeanStd(1e-8, (obs_dim + act_dim,))
+        for start in range(0, size, BLOCK):
+            running.update(self.rows[start : min(start + BLOCK, size), : obs_dim + act_dim].astype(np.float64))
+        mean, deviation = running.mean, np.sqrt(running.var)
+        return (mean[:obs_dim], deviation[:obs_dim]), (mean[obs_dim:], deviation[obs_dim:])
 
     def relabel(self, reward: RewardFunction) -> None:
         """Pay every stored transition by `reward`, in place."""

@@ -29,7 +29,6 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-from pbrl.agent.exploration import Disagreement
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.agent.networks import PreferencePolicy, initialise, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
@@ -50,7 +49,6 @@ class PreferenceSAC(SAC):
         batch_reward: if set, replaces the rewards of every sampled batch (state-entropy pretraining): observations
             float32 [B, obs_dim] to float32 [B].
         rollouts: if set, records every step of the training environment.
-        disagreement: how an ensemble's rewards become the agent's pay.
         compiles: whether `prepare` compiles the update.
     """
 
@@ -65,7 +63,6 @@ class PreferenceSAC(SAC):
         self.reward_fn: RewardFunction | None = None
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
-        self.disagreement = Disagreement()
         self.compiles = False
         self._branching = False
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
@@ -91,7 +88,7 @@ class PreferenceSAC(SAC):
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["reward_fn", "batch_reward", "rollouts", "disagreement", "replay_rng", "noise", "_sums", "_pending"]
+        own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
         own += ["_fast", "_temperature_adam", "_critic_params", "_target_params"]
         return super()._excluded_save_params() + own
 
@@ -422,8 +419,6 @@ def make_agent(
     orthogonal_init: bool = False,
     hybrid_ratio: float = 0.0,
     hybrid_steps: int = 10_000,
-    disagreement_bonus: float = 0.0,
-    disagreement_decay: float = 1e-5,
     precision: str = "fp32",
     compile: bool = False,
 ) -> PreferenceSAC:
@@ -439,7 +434,6 @@ def make_agent(
         gamma: discount. tau: target step, every target_update_interval updates.
         log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
-        disagreement_bonus, disagreement_decay: see `Disagreement`.
         precision: of the update's hidden layers: fp32, or bf16 (faster where the processor multiplies it).
         compile: the update, when `prepare` is called.
 
@@ -460,7 +454,6 @@ def make_agent(
     ):
         if not good:
             raise ValueError(f"agent.{name}={value} is out of range")
-    disagreement = Disagreement(disagreement_bonus, disagreement_decay)
     agent = PreferenceSAC(
         PreferencePolicy,
         DummyVecEnv([lambda: env]),
@@ -484,7 +477,6 @@ def make_agent(
         seed=seed,
         device=device,
     )
-    agent.disagreement = disagreement
     agent.set_logger(Logger(folder=None, output_formats=[]))
     agent.compiles = compile
     return agent

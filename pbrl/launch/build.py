@@ -94,12 +94,18 @@ def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query:
     Raises:
         ConfigError: naming both options and why they do not go together.
     """
-    members, bonus = len(getattr(reward, "members", [])), agent.disagreement.bonus
+    members, pay = len(getattr(reward, "members", [])), reward.pay
     branching, score = getattr(query, "branch_share", 0.0) > 0, getattr(query, "score", None)
     asks, has_states = updater.pairs != "none", bool(getattr(env, "state_size", 0))
     for refused, reason in (
-        (bonus and not asks, "agent.disagreement_bonus: this updater learns no reward, so no ensemble can disagree"),
-        (bonus and members == 1, "agent.disagreement_bonus needs reward.members of at least 2 to disagree"),
+        (
+            pay.disagreement_bonus and not asks,
+            "reward.disagreement_bonus: this updater learns no reward, so no ensemble can disagree",
+        ),
+        (
+            pay.compares and members == 1,
+            "reward.pessimism and reward.disagreement_bonus need reward.members of at least 2 to disagree",
+        ),
         (
             asks and members == 1 and score == "disagreement",
             "query.score=disagreement needs reward.members of at least 2, or another query",

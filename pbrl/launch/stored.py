@@ -109,6 +109,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not isinstance(node, dict) or (group != "logger" and not isinstance(node.get("_target_"), str)):
             raise ConfigError(f"{path} is damaged: it has no table {group} with a _target_")
     _rename_moved(stored)
+    _move_pay(stored["agent"], stored["reward"])
     return stored, {str(group): str(name) for group, name in choices.items()}
 
 
@@ -120,6 +121,13 @@ def _rename_moved(node: Any) -> None:
         elif key == "_target_" and isinstance(value, str):
             module, _, name = value.rpartition(".")
             node[key] = f"{MOVED.get(module, module)}.{name}"
+
+
+def _move_pay(agent: dict[str, Any], reward: dict[str, Any]) -> None:
+    """RUNE's bonus was a key of the agent before version 0.2."""
+    bonus, decay = agent.pop("disagreement_bonus", 0.0), agent.pop("disagreement_decay", 0.0)
+    if bonus:
+        reward |= {"disagreement_bonus": bonus, "disagreement_decay": decay}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -114,6 +114,43 @@ def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[
     }
 
 
+Steps = tuple[np.ndarray, np.ndarray, np.ndarray]  # observations [N, ·], actions [N, ·], task rewards [N]
+
+
+def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: Steps) -> dict[str, float]:
+    """What the reward makes of the present policy's steps, beside what the task does.
+
+    Args:
+        step: the environment step, for what the agent is paid.
+        recent: the present policy's steps. kept: all kept steps.
+
+    Returns:
+        reward/learned_per_step, reward/true_per_step: mean over the recent steps, the members' mean and the task's.
+        reward/gap: how many standard deviations of the kept steps' rewards the recent steps lie above their mean, by
+        the learned reward, less the same by the task's: above 0 the policy looks better than it is. NaN where either
+        reward is constant.
+        reward/paid_below: share of the recent steps paid less than the members' mean; reward/paid_below_by: how much
+        less, on average over those steps (0 if there are none).
+    """
+    members, before = (reward.predict(obs, actions) for obs, actions, _ in (recent, kept))
+    learned, true = members.mean(axis=0), recent[2]
+    below = learned - reward.pay(members, step)
+    short = below[below > 0]
+    return {
+        "reward/learned_per_step": float(learned.mean()),
+        "reward/true_per_step": float(true.mean()),
+        "reward/gap": _standing(learned, before.mean(axis=0)) - _standing(true, kept[2]),
+        "reward/paid_below": len(short) / len(below),
+        "reward/paid_below_by": float(short.mean()) if len(short) else 0.0,
+    }
+
+
+def _standing(values: np.ndarray, among: np.ndarray) -> float:
+    """How many standard deviations of `among` the mean of `values` lies above its mean; NaN if it has none."""
+    deviation = float(among.std())
+    return (float(values.mean()) - float(among.mean())) / deviation if deviation > 0 else float("nan")
+
+
 PAIR_COLUMNS = ["session", "true return 1", "true return 2", "learned return 1", "learned return 2", "answer"]
 
 

@@ -1,0 +1,78 @@
+"""What the agent is paid from the members' rewards: caution and curiosity in one place.
+
+An agent climbs its learned reward wherever that is too high, which answers about other steps never correct: where the
+members disagree, caution pays less than their mean. RUNE (Liang et al., ICLR 2022) pays more there, for exploration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pay:
+    """The agent's pay at environment step t, for new and relabelled steps alike.
+
+        pay(s, a) = low_n(r_1, …, r_M) + (β (1 − ρ)^t − k (1 − δ)^t) · std_m r_m(s, a)
+
+    low_n is the lowest of n members drawn at random without replacement, in expectation over the draw (a draw of its
+    own for each step would be noise that the replay keeps until it is relabelled): the mean for n = 1, the minimum for
+    n = M. std is the members' own deviation (divided by M). With β = k the pay turns from the mean to caution.
+
+    Args:
+        pessimism: k ≥ 0. pessimism_decay: δ in [0, 1), per environment step; 0: fixed.
+        lowest_of: n ≥ 1.
+        disagreement_bonus: β ≥ 0, RUNE's. disagreement_decay: ρ in [0, 1), per environment step.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    pessimism: float = 0.0
+    pessimism_decay: float = 0.0
+    lowest_of: int = 1
+    disagreement_bonus: float = 0.0
+    disagreement_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, wanted, good in (
+            ("pessimism", "at least 0", self.pessimism >= 0),
+            ("pessimism_decay", "a share in [0, 1)", 0 <= self.pessimism_decay < 1),
+            ("lowest_of", "at least 1", self.lowest_of >= 1),
+            ("disagreement_bonus", "at least 0 (reward.pessimism pays less)", self.disagreement_bonus >= 0),
+            ("disagreement_decay", "a share in [0, 1)", 0 <= self.disagreement_decay < 1),
+        ):
+            if not good:
+                raise ValueError(f"reward.{name}={getattr(self, name)}; expected {wanted}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether it depends on how the members differ, so that one member alone would make no sense."""
+        return bool(self.pessimism or self.disagreement_bonus or self.lowest_of > 1)
+
+    def weight(self, step: int) -> float:
+        """What one deviation adds at environment step `step`: positive pays for disagreement, negative charges it."""
+        bonus = self.disagreement_bonus * (1 - self.disagreement_decay) ** step
+        return bonus - self.pessimism * (1 - self.pessimism_decay) ** step
+
+    def __call__(self, rewards: np.ndarray, step: int) -> np.ndarray:
+        """Pay for the members' rewards, float32 [M, N], at environment step `step`: float32 [N].
+
+        Raises:
+            ValueError: if there are fewer than `lowest_of` members.
+        """
+        pay, weight = self._low(rewards), self.weight(step)
+        return pay + np.float32(weight) * rewards.std(axis=0) if weight else pay
+
+    def _low(self, rewards: np.ndarray) -> np.ndarray:
+        n, members = self.lowest_of, len(rewards)
+        if n > members:
+            raise ValueError(f"reward.lowest_of={n} of reward.members={members}; expected at most as many")
+        if n == 1:
+            return rewards.mean(axis=0)
+        # the i-th lowest of M is the lowest of n with probability C(M − i, n − 1) / C(M, n)
+        shares = [math.comb(members - i, n - 1) / math.comb(members, n) for i in range(1, members + 1)]
+        return np.array(shares, np.float32) @ np.sort(rewards, axis=0)
