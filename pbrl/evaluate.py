@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pbrl.agent.sac import PreferenceSAC
-from pbrl.launch.configuration import ConfigError, check
+from pbrl.launch.configuration import ConfigError, check_arguments
 from pbrl.launch.stored import read_config
 from pbrl.records.checkpoint import CheckpointError, load_latest
 from pbrl.records.evaluation import act, episode, rank_correlation
@@ -22,6 +22,7 @@ from pbrl.records.videos import video_writer
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Query, Segments
 
+PARTS = ("env", "agent", "reward")  # of the config: what is built here
 FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
 
 
@@ -36,10 +37,9 @@ def load_run(run_dir: str | Path) -> tuple[PreferenceSAC, Any]:
 
 
 def _load(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
-    if not (run_dir / "config.yaml").exists():
-        raise ConfigError(f"{run_dir} is not a run (no config.yaml in it)")
-    cfg, _ = read_config(run_dir, trust)
-    check(cfg)
+    cfg, _ = read_config(run_dir, trust, PARTS)
+    for part in PARTS:
+        check_arguments(part, cfg[part])
     loaded = load_latest(run_dir)
     env = instantiate(cfg.env, _convert_="all")
     agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")

@@ -37,7 +37,7 @@ def test_it_prints_numbers_and_writes_a_video(
 
 def test_a_folder_that_is_no_run_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} is not a run (no config.yaml in it)\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: there is no run (no config.yaml in it)\n"
 
 
 def test_fresh_seeds_give_other_episodes(tiny_run: Path) -> None:
@@ -63,5 +63,5 @@ def test_the_error_of_bf16_is_told_apart_from_the_spread_over_actions(
     assert capsys.readouterr().out.startswith(f"{tiny_run.name}: Q {found['mean']:.1f}, over actions ± ")
     with pytest.raises(SystemExit):
         precision.main([str(tmp_path)])
-    assert capsys.readouterr().err.endswith(f"error: {tmp_path} is not a run (no config.yaml in it)\n")
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}: there is no run (no config.yaml in it)\n")
     assert table.read_text().splitlines()[1] == ",".join(str(value) for value in found.values())

@@ -170,6 +170,10 @@ MALICIOUS = [
     {"callbacks": [[{"_target_": "os.mkdir", "path": "MARK"}]]},
     {"logger": {"_target_": "builtins.exec", "_args_": ["import os; os.mkdir('MARK')"]}},
     {"query": {"_target_": "functools.partial", "_args_": ["os.mkdir"]}},
+    {"agent": {"_target_": "pbrl.agent.sac.PreferenceSAC", "policy": "MlpPolicy", "env": "payload:X-v0"}},
+    {"env": {"_target_": "envs.gym.GymEnv", "id": "payload:X-v0"}},
+    {"callbacks": [{"_target_": "stable_baselines3.common.callbacks.EvalCallback", "eval_env": "payload:X-v0"}]},
+    {"teacher": {"_target_": "teachers.http.HTTPTeacher", "url": "http://127.0.0.1:1/"}},
 ]
 
 
@@ -179,7 +183,7 @@ def test_a_stored_config_calls_nothing_but_this_project_s_classes(
 ) -> None:
     text = yaml.safe_dump({**yaml.safe_load((stored / "config.yaml").read_text()), **changes})
     (stored / "config.yaml").write_text(text.replace("MARK", str(tmp_path / "mark")))
-    with pytest.raises(ConfigError, match=r"is not a class of this project|plain values only"):
+    with pytest.raises(ConfigError, match=r"may name; if you know it|plain values only"):
         resume(stored)
     assert not (tmp_path / "mark").exists()
 

@@ -1,29 +1,25 @@
 """The config of a run found on the disk, read as what it may be: a stranger's file.
 
-A config names Python objects to call (`_target_`). Those of a new run were typed by its user; those in a run folder
-may come from anywhere, so only classes of this project are called on its word. Others must be named again:
-`resume=RUN trust=[my_module]`.
+It is read within bounds, completed with default values, and held against a closed list (`constructors`): what it names
+outside this project must be named again, `resume=RUN trust=[my_module]`. Every command reads it here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pbrl.files import foreign_entry, open_in_place, read_yaml
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError
+from pbrl.launch.constructors import check_stored
 
-OWN = ("pbrl", "envs", "teachers", "stable_baselines3.common.callbacks")  # whose classes may always be called
-AGENT = "pbrl.agent.sac.make_agent"  # the one function that a config names
 MOVED = {  # modules whose classes stored configs name by their places of before version 0.2
     "pbrl.agent": "pbrl.agent.sac",
     "pbrl.bilevel.estimators": "pbrl.second_term.implicit",
@@ -45,7 +41,7 @@ def lock(run_dir: Path, seconds: int = 0) -> Iterator[None]:
         ConfigError: if another process is still at work there, or the folder cannot be written to.
     """
     try:
-        file = (run_dir / "lock").open("w")
+        file = open_in_place(run_dir / "lock")
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be worked in: {error}") from error
     with file:
@@ -60,25 +56,46 @@ def lock(run_dir: Path, seconds: int = 0) -> Iterator[None]:
         yield
 
 
-def read_config(run_dir: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+def read_config(
+    run_dir: Path, trust: Sequence[str] = (), parts: Sequence[str] = GROUPS
+) -> tuple[DictConfig, dict[str, str]]:
     """The config stored in a run folder and the names of its chosen options; keys it lacks have their default values.
 
     Args:
-        trust: further modules whose objects it may call.
+        trust: modules, files and addresses outside this project that it may name; see `constructors`.
+        parts: the groups that the caller builds; the others are left out of the config.
 
     Raises:
-        ConfigError: if there is none, it is damaged, or it asks for what a stored config must not.
+        ConfigError: if there is none, it is damaged, it asks for what a stored config must not, or the folder holds
+            links.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir}: there is no run (no config.yaml in it)")
+    refuse_links(run_dir)
     stored, choices = _parse(path)
+    for group in set(GROUPS) - set(parts):
+        del stored[group]
+    stored.pop("trust", None)
     for name, value in _leaves("", stored):
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
-        if name.rpartition(".")[2] == "_target_":
-            _check_target(path, name, value, trust)
+    check_stored(stored, run_dir, trust)
     return _with_defaults(stored), choices
+
+
+def refuse_links(run_dir: Path) -> None:
+    """A folder that holds links, pipes or devices is not worked in: writing could reach elsewhere.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    try:
+        found = foreign_entry(run_dir)
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be worked in: {error}") from error
+    if found:
+        raise ConfigError(f"{found}; a run's folder holds plain files only: put the file itself there, or remove it")
 
 
 def _with_defaults(stored: dict[str, Any]) -> DictConfig:
@@ -96,9 +113,9 @@ def _with_defaults(stored: dict[str, Any]) -> DictConfig:
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (ValueError, OSError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        stored: Any = read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
         raise ConfigError(f"{path} is damaged: it holds no table of keys")
     choices = stored.pop("choices", {})
@@ -137,27 +154,6 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{name}.{key}" if name else str(key), item)
     else:
         yield name, value
-
-
-def _check_target(path: Path, name: str, target: Any, trust: Sequence[str]) -> None:
-    if target is None or _within(target, trust):
-        return
-    if _within(target, OWN):
-        try:
-            found = get_object(target)
-        except Exception as error:  # Hydra wraps whatever the import raises
-            raise ConfigError(f"{path}: {name}={target} cannot be imported") from error
-        if target == AGENT or (inspect.isclass(found) and _within(found.__module__, OWN)):
-            return
-    module = str(target).rpartition(".")[0]
-    raise ConfigError(
-        f"{path}: {name}={target} is not a class of this project; if you know it and trust this run, add "
-        f"trust=[{module}]"
-    )
-
-
-def _within(name: Any, modules: Sequence[str]) -> bool:
-    return any(str(name) == module or str(name).startswith(module + ".") for module in modules)
 
 
 def changes(before: Path, after: Path) -> list[str]:

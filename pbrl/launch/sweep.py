@@ -28,7 +28,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pbrl.files import open_in_place
 from pbrl.launch.configuration import ConfigError, register_resolvers
+from pbrl.launch.constructors import needs_trust
 from pbrl.launch.stored import differences, lock
 
 register_resolvers()  # a launcher's worker imports this module and not pbrl.train
@@ -122,8 +124,8 @@ def _run(job: bytes, log: Path, cwd: Path, threads: int | None) -> tuple[str, st
     environment = dict(os.environ) | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with log.open("ab") as output:
-        start = output.tell()
+    with open_in_place(log) as output:
+        start = output.seek(0, os.SEEK_END)
         command = [sys.executable, "-m", "pbrl.launch.sweep"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=cwd, env=environment
@@ -195,7 +197,8 @@ def main() -> None:
             if _is_complete(folder):  # by whoever held the lock
                 return
             if (folder / "config.yaml").exists():
-                cfg.resume, cfg.trust = str(folder), _modules(cfg)
+                # who typed this config trusts what it names, and the stored one equals it
+                cfg.resume, cfg.trust = str(folder), needs_trust(OmegaConf.to_container(cfg, resolve=True))
                 overrides = [f"{key}={'null' if cfg[key] is None else cfg[key]}" for key in ("threads", "device")]
             else:
                 cfg.run_dir = str(folder)
@@ -210,24 +213,6 @@ def _stop_when_alone() -> None:
         pass
     print("the sweep has ended", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)  # stops after this step and saves
-
-
-def _modules(cfg: DictConfig) -> list[str]:
-    """The modules that this config calls into: who typed it trusts them in the stored one, which equals it."""
-    found: list[str] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            if isinstance(node.get("_target_"), str):
-                found.append(node["_target_"].rpartition(".")[0])
-            for value in node.values():
-                visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                visit(value)
-
-    visit(OmegaConf.to_container(cfg, resolve=True))
-    return sorted(set(found))
 
 
 if __name__ == "__main__":
