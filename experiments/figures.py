@@ -3,7 +3,7 @@
     python -m experiments.figures curves RUNS… --out fig.png          figure 2: tasks side by side, methods and oracle
     python -m experiments.figures strips RUN_A RUN_B … --out strips.png   figure 3: film strips, methods as rows
 
-Beside fig.png lies fig.csv with every number drawn.
+Beside fig.png lie fig.csv with every number drawn, and the same picture as fig.svg; `--out fig.pdf` writes a PDF.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pbrl.compare import add_run_options, read_comparison
 from pbrl.comparing import plots
+from pbrl.comparing.report import save_figure
 from pbrl.comparing.runs import ComparisonError, method_label, read_run
 from pbrl.comparing.tables import curve_rows, write_tables
 
@@ -32,7 +33,7 @@ def draw_curves(arguments: argparse.Namespace) -> None:
     data = read_comparison(arguments)
     rows = curve_rows(data, arguments.axis, np.random.default_rng(0))
     write_tables({arguments.out.stem: rows}, arguments.out.parent)
-    plots.curves_figure(rows, arguments.axis, data.metrics, data.methods).savefig(arguments.out, dpi=DPI)
+    save_figure(plots.curves_figure(rows, arguments.axis, data.metrics, data.methods), arguments.out)
     for note in data.notes:
         print(f"note: {note}")
 

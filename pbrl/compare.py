@@ -40,7 +40,12 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
         default=Path("experiments/results/oracle"),
         help="stored oracle curves, <env>.csv (default: experiments/results/oracle)",
     )
-    options.add_argument("--repetitions", type=int, default=2000, help="of the bootstrap (default: 2000)")
+    options.add_argument(
+        "--repetitions",
+        type=int,
+        default=2000,
+        help="of the bootstrap, where every method has ten runs (default: 2000)",
+    )
 
 
 def read_comparison(arguments: argparse.Namespace) -> Comparison:
@@ -51,11 +56,14 @@ def read_comparison(arguments: argparse.Namespace) -> Comparison:
     """
     if not arguments.runs and not arguments.wandb:
         raise ComparisonError("no runs given: name run folders, or a project with --wandb ENTITY/PROJECT")
-    runs = find_runs(arguments.runs)
+    damaged: list[str] = []
+    runs = find_runs(arguments.runs, damaged)
     if arguments.wandb:
         runs = without_copies(runs, wandb_runs(arguments.wandb))
     selection = select(runs, arguments.method_keys, arguments.allow_mixed, arguments.baseline)
-    return gather(selection, arguments.oracle_dir, arguments.metric, arguments.baseline, arguments.repetitions)
+    data = gather(selection, arguments.oracle_dir, arguments.metric, arguments.baseline, arguments.repetitions)
+    data.notes[:0] = damaged
+    return data
 
 
 def main(argv: Sequence[str] | None = None) -> None:

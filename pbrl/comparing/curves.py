@@ -19,7 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from pbrl.comparing.runs import ORACLE, ComparisonError, Run, Selection
-from pbrl.comparing.statistics import Array, area_under_curve, common_grid, interquartile_mean, last_observation
+from pbrl.comparing.statistics import (
+    FEW,
+    Array,
+    Estimator,
+    area_under_curve,
+    common_grid,
+    last_observation,
+)
 
 TAIL = 0.1  # share of the steps, at the end, that makes up the final score
 
@@ -60,7 +67,7 @@ class Reference:
     @property
     def score(self) -> float:
         """What scores are divided by."""
-        return float(interquartile_mean(tail_mean(self.steps, self.by_step)))
+        return float(Estimator(len(self.by_step) >= FEW).point(tail_mean(self.steps, self.by_step)))
 
 
 @dataclass
@@ -84,8 +91,15 @@ class Comparison:
     def base(self) -> str | None:
         """The label of the baseline: its updater alone, or the one label that begins with it; None if not unique."""
         labels = {method for groups in self.curves.values() for method in groups}
-        found = [label for label in labels if label.split(", ")[0] == self.baseline]
-        return self.baseline if self.baseline in labels else found[0] if len(found) == 1 else None
+        baseline = self.baseline.removeprefix(self.selection.prefix)
+        found = [label for label in labels if label.split(", ")[0] == baseline]
+        return baseline if baseline in labels else found[0] if len(found) == 1 else None
+
+    @property
+    def estimator(self) -> Estimator:
+        """One for all tables: that of the method and task with the fewest runs."""
+        fewest = min((len(group.runs) for groups in self.curves.values() for group in groups.values()), default=0)
+        return Estimator(fewest >= FEW, self.repetitions)
 
     def oracle_score(self, task: str) -> float:
         """NaN where the task has no oracle."""

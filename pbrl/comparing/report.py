@@ -1,4 +1,7 @@
-"""The report of a comparison: Markdown with picture files, and one self-contained HTML page (no external request)."""
+"""The report of a comparison: Markdown with picture files, and one self-contained HTML page (no external request).
+
+Names and settings of runs may be a stranger's: every text is escaped for the page or file it goes into.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pbrl.comparing import plots
 from pbrl.comparing.curves import Comparison
-from pbrl.comparing.tables import HEALTH, Row, Tables
+from pbrl.comparing.tables import AXES, HEALTH, Row, Tables
 
 SEEDS_FOR_A_CLAIM = 5
-DPI = 130  # of the pictures
+DPI = 200  # of the pictures
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,24 @@ class Section:
 
 
 def write_report(data: Comparison, tables: Tables, folder: Path, command: str) -> None:
-    """Write report.md, report.html and figures/*.png into `folder`."""
+    """Write report.md, report.html and every figure as PNG and SVG into `folder`."""
     sections = build_sections(data, tables)
-    pictures = {name: _png(figure) for section in sections for name, figure in section.figures.items()}
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        (folder / "figures" / f"{name}.png").write_bytes(picture)
+    figures = {name: figure for section in sections for name, figure in section.figures.items()}
+    for name, figure in figures.items():
+        save_figure(figure, folder / "figures" / f"{name}.png")
+    pictures = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in figures}
     introduction = summary(data, tables)
     (folder / "report.md").write_text(markdown(introduction, data.notes, sections, command), encoding="utf-8")
     page = webpage(introduction, data.notes, sections, pictures, command)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the picture `path` (.png, .pdf, …) and beside it the same as SVG, in which text stays text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pbrl", "pdf.fonttype": 42}):
+        figure.savefig(path, dpi=DPI)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def summary(data: Comparison, tables: Tables) -> str:
@@ -88,9 +93,9 @@ def _curves_section(data: Comparison, tables: Tables) -> Section:
         for name in ("curves_steps", "curves_labels")
     }
     text = (
-        "Interquartile mean over seeds, with the 95 % interval of a bootstrap over seeds. Curves end where the task's "
-        "shortest run ends. Between two evaluations the last one holds. Over labels, a point is the last score "
-        "measured with at most that many labels, so the last point is the end of training."
+        f"{_method(data)} Curves end where the task's shortest run ends. Between two evaluations the last one holds. "
+        "Over labels, a point is the last score measured with at most that many labels, so the last point is the end "
+        "of training."
     )
     return Section("Learning curves", text, figures, None, "curves_steps.csv, curves_labels.csv, evaluations.csv")
 
@@ -109,7 +114,7 @@ def _scores_section(data: Comparison, tables: Tables) -> Section:
         for row in tables["scores"]
     ]
     text = (
-        "Interquartile mean [95 % interval]. The final score of a run is its mean over the evaluations in the last "
+        f"{_method(data)} The final score of a run is its mean over the evaluations in the last "
         "tenth of the steps; AUC is the mean height of its curve over steps. "
     ) + " ".join(
         f"The oracle reaches {_number(row['score'])} on {row['task']} ({row['sources']})." for row in tables["oracle"]
@@ -125,8 +130,8 @@ def _aggregate_section(data: Comparison, tables: Tables) -> Section:
         for row in tables["aggregate"]
     ]
     text = (
-        "Interquartile mean over all runs on the tasks that every method has, in shares of the oracle's score "
-        "(which is taken as fixed)."
+        "All runs on the tasks that every method has, in shares of the oracle's score (which is taken as fixed). "
+        f"{_method(data)}"
     )
     figures = {"aggregate": plots.aggregate_figure(tables["aggregate"], data.methods)}
     header = ["method", "tasks", "runs", "final", "AUC"]
@@ -138,7 +143,8 @@ def _improvement_section(data: Comparison, tables: Tables) -> Section:
     rows = [[first, *(found.get((first, second), "–") for second in data.methods)] for first in data.methods]
     text = (
         "How likely a run of the row's method ends with a higher score than one of the column's, averaged over the "
-        "tasks both have (Mann–Whitney U, ties count half). The methods differ where the interval excludes 0.5."
+        "tasks both have (Mann–Whitney U, ties count half), with its 95 % score interval (Newcombe). The "
+        "methods differ where the interval excludes 0.5."
     )
     figures = {}
     if data.base and any(row["second"] == data.base for row in tables["improvement"]):
@@ -148,24 +154,36 @@ def _improvement_section(data: Comparison, tables: Tables) -> Section:
 
 
 def _samples_section(data: Comparison, tables: Tables) -> Section:
+    """Only the shares that a method reaches have rows; the rest is a sentence."""
+    reached = {(row["task"], row["share"]) for row in tables["samples"] if math.isfinite(row["steps"])}
     header = ["task", "share of oracle", "method", "steps", "steps ratio", "labels", "labels ratio"]
     rows = [
         [
             row["task"],
             f"{row['share']:.0%} ({_number(row['level'])})",
             row["method"],
-            *(cell for axis in ("steps", "labels") for cell in (_estimate(row, axis), _ratio(row, axis))),
+            *(cell for axis in AXES for cell in (_estimate(row, axis), _ratio(row, axis))),
         ]
         for row in tables["samples"]
+        if (row["task"], row["share"]) in reached
     ]
     base = data.base or data.baseline
     text = (
-        "Where the interquartile-mean curve first reaches a share of the oracle's score, at an evaluation and not "
-        f"between two; ∞: not within the steps compared. The ratio is to {base}: 0.37 is 63 % fewer. Where {base} does "
-        "not reach the share, all the steps (labels) compared stand for its need, and the ratio is an upper bound (≤)."
+        "Where the curve first reaches a share of the oracle's score, at an evaluation and not between two, with where "
+        "the upper and the lower end of its interval do; ∞: not within the steps compared. The ratio is to "
+        f"{base}: 0.37 is 63 % fewer. Where {base} does not reach the share, all the steps (labels) compared stand for "
+        "its need, and the ratio is an upper bound (≤)."
     )
-    figures = {"samples": plots.samples_figure(tables["samples"], data.methods)}
-    return Section("Samples needed to reach a share of the oracle", text, figures, (header, rows), "samples.csv")
+    missed: dict[str, list[Row]] = {}
+    for row in tables["samples"]:
+        if (row["task"], row["share"]) not in reached:
+            missed.setdefault(row["task"], []).append(row)
+    for task, lost in missed.items():
+        least = min(lost, key=lambda row: row["share"])
+        text += f" No method reaches {least['share']:.0%} of the oracle's score ({_number(least['level'])}) on {task}."
+    figures = {"samples": plots.samples_figure(tables["samples"], data.methods)} if reached else {}
+    table = (header, rows) if rows else None
+    return Section("Samples needed to reach a share of the oracle", text, figures, table, "samples.csv")
 
 
 def _ratio(row: Row, axis: str) -> str:
@@ -173,7 +191,10 @@ def _ratio(row: Row, axis: str) -> str:
 
 
 def _profiles_section(data: Comparison, tables: Tables) -> Section:
-    text = "The share of all runs, on the tasks that every method has, whose normalised final score is above τ."
+    text = (
+        "The share of all runs, on the tasks that every method has, whose normalised final score is above τ, with its "
+        "95 % interval (Wilson)."
+    )
     figures = {"profiles": plots.profiles_figure(tables["profiles"], data.methods)}
     return Section("Performance profiles", text, figures, None, "profiles.csv")
 
@@ -181,9 +202,9 @@ def _profiles_section(data: Comparison, tables: Tables) -> Section:
 def _health_section(data: Comparison, tables: Tables) -> Section:
     last: dict[tuple[str, str], dict[str, str]] = {(row["task"], row["method"]): {} for row in tables["health"]}
     for row in tables["health"]:
-        last[row["task"], row["method"]][row["metric"]] = _estimate(row, "iqm", bare=True)
+        last[row["task"], row["method"]][row["metric"]] = _estimate(row, "value", bare=True)
     rows = [[*pair, *(cells.get(name, "–") for name in HEALTH)] for pair, cells in last.items()]
-    text = "Measured at each feedback session; the table shows the last one."
+    text = f"Measured at each feedback session; the table shows the last one. {_method(data)}"
     figures = {"health": plots.health_figure(tables["health"], data.methods)}
     header = ["task", "method", *(plots.METRIC_NAMES[name] for name in HEALTH)]
     return Section("Health of the reward model", text, figures, (header, rows), "health.csv")
@@ -214,18 +235,36 @@ def _estimate(row: Row, name: str, bare: bool = False) -> str:
     return point if math.isnan(low) else f"{point} [{_number(low)}, {_number(high)}]"
 
 
+def _method(data: Comparison) -> str:
+    """How several seeds became one number."""
+    if data.estimator.many:
+        return "Interquartile mean over seeds [95 % interval of a stratified bootstrap]."
+    return (
+        "Mean over seeds [95 % interval by Student's t]; no interval where all seeds are equal. (With ten seeds of "
+        "every method it would be the interquartile mean and a bootstrap, which covers too little with fewer.)"
+    )
+
+
 def markdown(introduction: str, notes: Sequence[str], sections: Sequence[Section], command: str) -> str:
     """The report as Markdown; pictures are files beside it."""
-    parts = ["# Comparison", introduction, f"```\n{command}\n```", *(f"- {note}" for note in notes)]
+    fence = command.replace("`", "'")
+    parts = ["# Comparison", _escaped(introduction), f"```\n{fence}\n```", *(f"- {_escaped(note)}" for note in notes)]
     for section in sections:
-        parts += [f"## {section.title}", section.text]
+        parts += [f"## {section.title}", _escaped(section.text)]
         parts += [f"![{section.title}](figures/{name}.png)" for name in section.figures]
         if section.table:
             header, rows = section.table
             cells = [header, ["---"] * len(header), *rows]
-            parts.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in cells))
+            parts.append("\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in cells))
         parts.append(f"Numbers: {section.origin}")
     return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """What Markdown would read as markup, read as text; brackets stay where no link can come of them."""
+    for mark in ("\\", "`", "|", "<", "](", "*"):
+        text = text.replace(mark, f"\\{mark}")
+    return text
 
 
 STYLE = """

@@ -1,27 +1,37 @@
 """Finished runs, read back from their folders or from W&B, and sorted into tasks and methods that may be compared.
 
 A run's folder holds `config.yaml` (resolved, with the names chosen on the command line under `choices`),
-`metrics.jsonl` (one row per line, each with `env_step`) and, once finished, `summary.json`.
+`metrics.jsonl` (one row per line, each with `env_step`) and, once finished, `summary.json`. All three may be a
+stranger's: they are read as plain data of bounded size, nothing in them is imported or followed, and no text of theirs
+is shown before `shown` has made it one short printable line.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
 from pbrl.comparing.statistics import Array
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
+
+
+HUGE = 1e100  # no metric: sums and squares of such numbers overflow
+LONGEST = 160  # characters of a text from a run that is shown
+LARGEST = 256 * 2**20  # bytes of a log that is read
+LARGEST_CONFIG = 2**20  # bytes
+DEEPEST = 50  # tables within tables of a config
 
 
 class ComparisonError(ValueError):
@@ -71,28 +81,76 @@ class Run:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HUGE
+
+
+def shown(text: Any) -> str:
+    """A text that came with a run as one printable line of at most LONGEST characters."""
+    line = "".join(letter if letter.isprintable() else "�" for letter in str(text)[: LONGEST + 1])
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, which could name one table a thousand times, and nested DEEPEST times at most."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def read_run(folder: Path) -> Run:
     """The run stored in `folder`.
 
     Raises:
-        ComparisonError: if its config names no choices or a line of its log (other than a torn last one) is broken.
+        ComparisonError: in one line, if one of its files is no plain file or too large, its config names no choices, or
+            a line of its log (other than a torn last one) is broken.
     """
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True))
+    try:
+        config = yaml.load(_text(folder / "config.yaml", LARGEST_CONFIG), _PlainLoader)
+        summary_file = folder / "summary.json"
+        summary = json.loads(_text(summary_file, LARGEST_CONFIG)) if summary_file.exists() else {}
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ComparisonError(f"{folder}: its config or summary is damaged ({shown(error)})") from error
     _check_config(config, str(folder))
-    summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), bool(summary.get("complete")))
+    complete = isinstance(summary, dict) and summary.get("complete") is True
+    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), complete)
 
 
-def _check_config(config: Mapping[str, Any], source: str) -> None:
-    choices = config.get("choices")
-    if not isinstance(choices, Mapping) or not {"env", "updater"} <= set(choices) or "seed" not in config:
+def _text(path: Path, largest: int = LARGEST) -> str:
+    """A file's text; a link, pipe or device is not opened.
+
+    Raises:
+        ComparisonError: if it is not a plain file of bounded size.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
         raise ComparisonError(
-            f"{source}: its config has no seed, choices.env and choices.updater; did pbrl.train write it?"
+            f"{shown(path)}: expected a plain file of at most {largest // 2**20} MiB, not a link or device"
         )
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _check_config(config: Any, source: str) -> None:
+    choices = config.get("choices") if isinstance(config, Mapping) else None
+    if not isinstance(choices, Mapping) or not {"env", "updater"} <= set(choices) or not _is_seed(config.get("seed")):
+        raise ComparisonError(
+            f"{shown(source)}: its config has no seed (a whole number), choices.env and choices.updater; did "
+            "pbrl.train write it?"
+        )
+    if not isinstance(config.get("env") or {}, Mapping):
+        raise ComparisonError(f"{shown(source)}: its config's env is no table")
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -102,30 +160,54 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     run was resumed from a checkpoint, and what it had logged beyond that step is dropped: it was done again.
     """
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = _text(path).splitlines()
+    except OSError as error:
+        raise ComparisonError(f"{shown(path)}: {shown(error)}") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             step = row["env_step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if not _is_number(step) or step < 0:
+                raise TypeError(f"env_step {shown(step)}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ComparisonError(f"{path}, line {number}: expected a JSON object with env_step ({error!r})") from error
+            raise ComparisonError(
+                f"{shown(path)}, line {number}: expected a JSON object with env_step ({shown(repr(error))})"
+            ) from error
         while rows and rows[-1]["env_step"] > step:
             rows.pop()
         rows.append(row)
     return rows
 
 
-def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """Every run in or below the given folders, in the order of their paths, each once."""
+def find_runs(paths: Iterable[Path], damaged: list[str] | None = None) -> list[Run]:
+    """Every run in or below the given folders, in the order of their paths, each once.
+
+    Args:
+        damaged: receives a line for each run that cannot be read, which is then left out; None: the first one raises.
+
+    Raises:
+        ComparisonError: if there is no run below one of the folders, or none that can be read.
+    """
     folders: dict[Path, Path] = {}
     for path in paths:
         below = sorted(log.parent for log in path.rglob("metrics.jsonl") if (log.parent / "config.yaml").exists())
         if not below:
             raise ComparisonError(f"{path}: no run in or below it (a folder with config.yaml and metrics.jsonl)")
         folders.update({folder.resolve(): folder for folder in below})
-    return [read_run(folder) for folder in folders.values()]
+    runs = []
+    for folder in folders.values():
+        try:
+            runs.append(read_run(folder))
+        except ComparisonError as error:
+            if damaged is None:
+                raise
+            damaged.append(f"Left out, damaged: {shown(error)}")
+    if damaged and not runs:
+        raise ComparisonError("no run can be read\n  " + "\n  ".join(damaged))
+    return runs
 
 
 def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
@@ -172,6 +254,7 @@ class Selection:
     names: dict[str, str]  # a run's source -> its short name in every table ("r01")
     notes: list[str]
     method_keys: tuple[str, ...]  # what the methods' labels are made of
+    prefix: str = ""  # the folder that all labels began with, left off
 
 
 def select(
@@ -192,7 +275,8 @@ def select(
     by_task = _by_task(kept)
     keys = tuple(method_keys) if method_keys else ("updater", *_differing(by_task))
     problems = [line for task, members in by_task.items() for line in _mismatches(task, members, keys)]
-    groups = {task: _by_method(members, keys, baseline) for task, members in sorted(by_task.items())}
+    prefix = _common_folder({method_label(run, keys) for run in kept if run.updater != ORACLE})
+    groups = {task: _by_method(members, keys, baseline, prefix) for task, members in sorted(by_task.items())}
     problems += [line for task, methods in groups.items() for line in _repeated_seeds(task, methods)]
     if problems and not allow_mixed:
         raise ComparisonError(
@@ -201,15 +285,23 @@ def select(
         )
     ordered = [run for methods in groups.values() for members in methods.values() for run in members]
     names = {run.source: f"r{number:02d}" for number, run in enumerate(ordered, start=1)}
-    return Selection(groups, names, notes + [f"Mixed knowingly: {line}" for line in problems], keys)
+    return Selection(groups, names, notes + [f"Mixed knowingly: {line}" for line in problems], keys, prefix)
+
+
+def _common_folder(labels: Iterable[str]) -> str:
+    """What comes up to a slash at the start of every label: "first-light/"; empty if there is a single label."""
+    folders = [label.rpartition("/")[0] for label in labels]
+    return f"{folders[0]}/" if len(folders) > 1 and folders[0] and len(set(folders)) == 1 else ""
 
 
 def _usable(runs: Sequence[Run], allow_mixed: bool) -> tuple[list[Run], list[str]]:
     notes = [
-        f"Left out, no evaluation logged yet: {run.source}" for run in runs if not len(run.series("eval/return")[0])
+        f"Left out, no evaluation logged yet: {shown(run.source)}"
+        for run in runs
+        if not len(run.series("eval/return")[0])
     ]
     kept = [run for run in runs if len(run.series("eval/return")[0])]
-    unfinished = [run.source for run in kept if not run.complete]
+    unfinished = [shown(run.source) for run in kept if not run.complete]
     if allow_mixed:
         notes += [f"Unfinished, its task is compared up to its end: {source}" for source in unfinished]
     else:
@@ -228,11 +320,11 @@ def _by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
     tasks: dict[str, list[Run]] = defaultdict(list)
     for choice, members in choices.items():
         options = [run.config.get("env") or {} for run in members]
-        names = sorted({name for option in options for name in option})
+        names = sorted({name for option in options for name in option}, key=str)
         differing = [name for name in names if len({str(option.get(name)) for option in options}) > 1]
         for run, option in zip(members, options, strict=True):
             suffix = ", ".join(f"{name}={option.get(name)}" for name in differing)
-            tasks[f"{choice} ({suffix})" if suffix else choice].append(run)
+            tasks[shown(f"{choice} ({suffix})" if suffix else choice)].append(run)
     return dict(tasks)
 
 
@@ -246,17 +338,21 @@ def _differing(by_task: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def method_label(run: Run, keys: Sequence[str]) -> str:
-    """A run's method: its choices by value, other settings as name=value."""
+    """A run's method, as it is shown: its choices by value, other settings as name=value."""
     if run.updater == ORACLE:
         return ORACLE
     named = run.config["choices"]
-    return ", ".join(str(named[k]) if k in named else f"{k.rpartition('.')[2]}={run.setting(k)}" for k in keys)
+    parts = (str(named[k]) if k in named else f"{k.rpartition('.')[2]}={shown(run.setting(k))}" for k in keys)
+    return shown(", ".join(parts))
 
 
-def _by_method(runs: Sequence[Run], keys: Sequence[str], baseline: str) -> dict[str, list[Run]]:
+def _by_method(runs: Sequence[Run], keys: Sequence[str], baseline: str, prefix: str) -> dict[str, list[Run]]:
     methods: dict[str, list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (run.updater != baseline, method_label(run, keys), run.seed)):
-        methods[method_label(run, keys)].append(run)
+    labels = {run.source: method_label(run, keys) for run in runs}
+    for run in sorted(
+        runs, key=lambda run: (baseline not in (run.updater, labels[run.source]), labels[run.source], run.seed)
+    ):
+        methods[labels[run.source].removeprefix(prefix)].append(run)
     return dict(methods)
 
 
@@ -270,7 +366,7 @@ def _mismatches(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str
             if run.updater != ORACLE:
                 sources[json.dumps(run.setting(name), sort_keys=True, default=str)].append(run.source)
         if len(sources) > 1:
-            listed = "; ".join(f"{value} in {', '.join(where)}" for value, where in sources.items())
+            listed = "; ".join(f"{shown(value)} in {', '.join(where)}" for value, where in sources.items())
             lines.append(f"{task}: {name} is {listed}")
     return lines
 

@@ -1,8 +1,9 @@
 """Statistics over few seeds: pure functions on arrays of run scores.
 
-Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice" (NeurIPS 2021), with the
-semantics of their package `rliable` 1.2.0, whose recorded numbers the tests hold. (`rliable` itself does not import
-with pandas 3 and brings 485 MB.)
+Point estimates are those of Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice"
+(NeurIPS 2021), with the semantics of their package `rliable` 1.2.0, whose recorded numbers the tests hold. (`rliable`
+itself does not import with pandas 3 and brings 485 MB.) Its bootstrap intervals are for ten runs and more; below that
+they cover far less than they say, and Student's t and score intervals take their place (see `Estimator`).
 
 Scores of one method are *strata*: one array per task, whose first axis is the runs (seeds) on that task. The numbers
 of runs may differ between tasks; further axes (the points of a curve) are kept.
@@ -10,14 +11,20 @@ of runs may differ between tasks; further axes (the points of a curve) are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.integrate import trapezoid
-from scipy.stats import trim_mean
+from scipy.optimize import brentq
+from scipy.stats import norm, trim_mean
+from scipy.stats import t as student_t
 
 Array = NDArray[np.float64]
+CONFIDENCE = 0.95  # of every interval
+FEW = 10  # runs of a method on a task, below which a bootstrap is not to be trusted
 
 
 def interquartile_mean(scores: Array, axis: int = 0) -> Array:
@@ -32,6 +39,49 @@ def interquartile_mean(scores: Array, axis: int = 0) -> Array:
     return np.asarray(trim_mean(scores, 0.25, axis=axis), dtype=np.float64)
 
 
+def mean(scores: Array, axis: int = 0) -> Array:
+    """Mean over the runs, which are on `axis`."""
+    return np.asarray(np.mean(scores, axis=axis), dtype=np.float64)
+
+
+def student_interval(strata: Sequence[Array]) -> tuple[Array, Array]:
+    """95 % interval of the mean of all runs, from Student's t: low and high, each [...].
+
+        m ± t √v,   v = Σ_k v_k,   v_k = w_k² s_k² / n_k,   w_k = n_k / Σ n,   degrees of freedom v²/Σ_k v_k²/(n_k − 1)
+
+    s_k is the standard deviation of the n_k runs on task k (Welch 1947; with one task it is the interval of every
+    textbook). With three runs of a normal score it covers the truth 95 times in 100; a bootstrap's percentiles do 74
+    times.
+
+    NaN where a task has a single run, and where all runs are equal: what they have not shown cannot be estimated.
+    """
+    total = sum(len(stratum) for stratum in strata)
+    pooled = np.concatenate(list(strata))
+    missing = np.full(pooled.shape[1:], np.nan)
+    if min(len(stratum) for stratum in strata) < 2:
+        return missing, missing
+    parts = np.stack([len(x) / total**2 * x.var(axis=0, ddof=1) for x in strata])
+    degrees = np.array([len(x) - 1 for x in strata]).reshape(-1, *[1] * (parts.ndim - 1))
+    variance = parts.sum(axis=0)
+    spread = variance > 1e-24 * np.maximum(pooled.mean(axis=0) ** 2, np.finfo(np.float64).tiny)  # else: rounding
+    freedom = np.divide(variance**2, (parts**2 / degrees).sum(axis=0), out=missing.copy(), where=spread)
+    half = np.where(spread, student_t.ppf(0.5 + CONFIDENCE / 2, freedom) * np.sqrt(variance), np.nan)
+    return pooled.mean(axis=0) - half, pooled.mean(axis=0) + half
+
+
+def bootstrap_interval(strata: Sequence[Array], repetitions: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """95 % percentile interval of the interquartile mean of all runs over stratified bootstrap samples.
+
+    For ten runs a task and more: with three it covers the truth 74 times in 100. NaN if a task has a single run.
+    """
+    if min(len(stratum) for stratum in strata) < 2:
+        missing = np.full_like(interquartile_mean(np.concatenate(list(strata))), np.nan)
+        return missing, missing
+    samples = interquartile_mean(np.concatenate(resample(strata, repetitions, rng), axis=1), axis=1)
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+
+
 def resample(strata: Sequence[Array], repetitions: int, rng: np.random.Generator) -> list[Array]:
     """Stratified bootstrap samples: runs drawn with replacement within each task, never across tasks.
 
@@ -44,32 +94,29 @@ def resample(strata: Sequence[Array], repetitions: int, rng: np.random.Generator
     return [stratum[rng.integers(0, len(stratum), size=(repetitions, len(stratum)))] for stratum in strata]
 
 
-def percentile_interval(samples: Array, confidence: float = 0.95) -> tuple[Array, Array]:
-    """The central interval of bootstrap samples [repetitions, ...]: low and high, each [...].
+@dataclass(frozen=True)
+class Estimator:
+    """What stands for a method's runs, and its interval: decided once per comparison, by its fewest runs.
 
-    Ends are actual samples, not interpolated between two, so that infinite samples ("never reached") are allowed.
+    Attributes:
+        many: FEW runs or more of every method on every task: the interquartile mean and a bootstrap (Agarwal et al.);
+            else the mean and Student's t, for a bootstrap of so few runs covers too little.
     """
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], axis=0, method="inverted_cdf")
-    return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
 
+    many: bool
+    repetitions: int = 2000
 
-def bootstrap_interval(
-    strata: Sequence[Array],
-    statistic: Callable[[Array, int], Array],
-    repetitions: int,
-    rng: np.random.Generator,
-    confidence: float = 0.95,
-) -> tuple[Array, Array]:
-    """Percentile interval of `statistic(pooled runs, axis)` over stratified bootstrap samples.
+    @property
+    def name(self) -> str:
+        return "interquartile mean, bootstrap" if self.many else "mean, Student's t"
 
-    Returns NaN for both ends if a task has a single run: resampling one run cannot show its spread.
-    """
-    if min(len(stratum) for stratum in strata) < 2:
-        missing = np.full_like(statistic(np.concatenate(list(strata)), 0), np.nan)
-        return missing, missing
-    pooled = np.concatenate(resample(strata, repetitions, rng), axis=1)
-    return percentile_interval(statistic(pooled, 1), confidence)
+    def point(self, scores: Array, axis: int = 0) -> Array:
+        """One value for the runs on `axis`."""
+        return interquartile_mean(scores, axis) if self.many else mean(scores, axis)
+
+    def interval(self, strata: Sequence[Array], rng: np.random.Generator) -> tuple[Array, Array]:
+        """Low and high end of its 95 % interval; NaN where there is none."""
+        return bootstrap_interval(strata, self.repetitions, rng) if self.many else student_interval(strata)
 
 
 def better_share(first: Array, second: Array) -> Array:
@@ -97,18 +144,40 @@ def probability_of_improvement(first: Sequence[Array], second: Sequence[Array]) 
     return float(np.mean([better_share(x, y) for x, y in zip(first, second, strict=True)]))
 
 
-def improvement_interval(
-    first: Sequence[Array], second: Sequence[Array], repetitions: int, rng: np.random.Generator
-) -> tuple[float, float]:
-    """95 % interval of `probability_of_improvement`, both methods' runs resampled within each task.
+def improvement_interval(first: Sequence[Array], second: Sequence[Array]) -> tuple[float, float]:
+    """95 % interval of `probability_of_improvement`, by inverting a score test.
+
+        |θ̂ − θ| = t √(Σ_k V_k(θ)) / K,   V_k(θ) = θ(1−θ) [1 + N_k ((1−θ)/(2−θ) + θ/(1+θ))] / (n_k m_k)
+
+    with n_k and m_k runs on task k of K and N_k = (n_k + m_k)/2 − 1 (Newcombe 2006, Statistics in Medicine 25:559,
+    method 5; the sum over tasks and Student's t with Σ (n_k + m_k − 2) degrees of freedom in the place of z are ours).
+    It holds where resampling cannot: three runs that all beat three others give [0.34, 1], which contains the 0.5 that
+    a permutation test with its p of 0.1 does not exclude; a bootstrap gives [1, 1].
 
     NaN for both ends if a task has a single run of either method.
     """
-    if min(len(stratum) for stratum in (*first, *second)) < 2:
-        return float("nan"), float("nan")
-    pairs = zip(resample(first, repetitions, rng), resample(second, repetitions, rng), strict=True)
-    low, high = percentile_interval(np.mean([better_share(x, y) for x, y in pairs], axis=0))
-    return float(low), float(high)
+    sizes = [(len(x), len(y)) for x, y in zip(first, second, strict=True)]
+    if min(min(pair) for pair in sizes) < 2:
+        return math.nan, math.nan
+    point = probability_of_improvement(first, second)
+    quantile = float(student_t.ppf(0.5 + CONFIDENCE / 2, sum(n + m - 2 for n, m in sizes)))
+
+    def excess(theta: float) -> float:
+        shape = (1 - theta) / (2 - theta) + theta / (1 + theta)
+        variance = sum(theta * (1 - theta) * (1 + ((n + m) / 2 - 1) * shape) / (n * m) for n, m in sizes)
+        return abs(point - theta) - quantile * math.sqrt(variance) / len(sizes)
+
+    low = 0.0 if point == 0 else float(brentq(excess, 0, min(point, 1 - 1e-12)))
+    high = 1.0 if point == 1 else float(brentq(excess, max(point, 1e-12), 1))
+    return low, high
+
+
+def share_interval(share: Array, count: int) -> tuple[Array, Array]:
+    """95 % interval of a share of `count` runs (Wilson 1927), each [...]; it has a width also at 0 and 1."""
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
 def performance_profile(scores: Array, thresholds: Array, axis: int = 0) -> Array:

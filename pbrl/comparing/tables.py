@@ -1,7 +1,8 @@
 """The numbers of a comparison, as tables of plain rows: each table is a CSV, and all that the report shows is a row.
 
-An interval (`_low`, `_high`) is the 95 % percentile interval of a bootstrap over seeds, stratified by task; it is NaN
-with a single seed. `iqm` is the interquartile mean over seeds. `sources` are the runs' short names.
+What stands for several seeds and its 95 % interval (`_low`, `_high`) are those of the comparison's one estimator, named
+in the column `estimator`: mean and Student's t, or interquartile mean and bootstrap where every method has ten runs. An
+interval is NaN where there is none: a single seed, or seeds that are all equal. `sources` are the runs' short names.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ from pbrl.comparing.curves import Comparison, Curves
 from pbrl.comparing.runs import ORACLE
 from pbrl.comparing.statistics import (
     Array,
-    bootstrap_interval,
     common_grid,
     first_reached,
     improvement_interval,
-    interquartile_mean,
     last_observation,
-    percentile_interval,
     performance_profile,
     probability_of_improvement,
-    resample,
+    share_interval,
 )
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
+AXES = ("steps", "labels")
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)  # of the oracle's score
 HEALTH = ("reward/holdout_accuracy", "reward/calibration_error", "reward/rank_correlation", "reward/loss")
+FORMULA = tuple("=+-@\t\r\n")  # what a spreadsheet evaluates, at the start of a cell
 THRESHOLDS = np.linspace(0, 1.2, 61)  # of the performance profiles, in shares of the oracle
 
 
@@ -52,8 +52,8 @@ def all_tables(data: Comparison, seed: int = 0) -> Tables:
         "curves_labels": curve_rows(data, "labels", rng),
         "scores": score_rows(data, rng),
         "aggregate": aggregate_rows(data, shared, rng),
-        "improvement": improvement_rows(data, rng),
-        "profiles": profile_rows(data, shared, rng),
+        "improvement": improvement_rows(data),
+        "profiles": profile_rows(data, shared),
         "samples": sample_rows(data, rng),
         "health": health_rows(data, rng),
     }
@@ -127,34 +127,42 @@ def oracle_rows(data: Comparison) -> list[Row]:
 
 
 def curve_rows(data: Comparison, axis: str, rng: np.random.Generator) -> list[Row]:
-    """Interquartile mean over seeds and its interval at every point of the grid ("steps" or "labels")."""
+    """The estimate over seeds and its interval at every point of the grid ("steps" or "labels")."""
     rows = []
     for task, methods in data.curves.items():
         for method, group in methods.items():
             origin = {"task": task, "method": method}
-            rows += _pointwise(origin, axis, *group.over(axis), data.sources(group.runs), data.repetitions, rng)
+            rows += _pointwise(data, origin, axis, *group.over(axis), data.sources(group.runs), rng)
         if axis == "steps" and task in data.references:
             oracle, origin = data.references[task], {"task": task, "method": ORACLE}
-            rows += _pointwise(origin, axis, oracle.steps, oracle.by_step, oracle.sources, data.repetitions, rng)
+            rows += _pointwise(data, origin, axis, oracle.steps, oracle.by_step, oracle.sources, rng)
     return rows
 
 
 def _pointwise(
-    origin: Row, axis: str, grid: Array, values: Array, sources: str, repetitions: int, rng: np.random.Generator
+    data: Comparison, origin: Row, axis: str, grid: Array, values: Array, sources: str, rng: np.random.Generator
 ) -> list[Row]:
     """A row per grid point for `values` [runs, points]."""
-    low, high = bootstrap_interval([values], interquartile_mean, repetitions, rng)
-    columns = (axis, "iqm", "low", "high")
+    ends = _within(origin, data, *data.estimator.interval([values], rng))
+    columns = (axis, "value", "low", "high")
+    about = {"runs": len(values), "estimator": data.estimator.name, "sources": sources}
     return [
-        origin | dict(zip(columns, point, strict=True)) | {"runs": len(values), "sources": sources}
-        for point in zip(grid, interquartile_mean(values), low, high, strict=True)
+        origin | dict(zip(columns, point, strict=True)) | about
+        for point in zip(grid, data.estimator.point(values), *ends, strict=True)
     ]
 
 
-def _summary(name: str, strata: Sequence[Array], repetitions: int, rng: np.random.Generator) -> Row:
-    """Interquartile mean of the pooled runs and its interval, as columns name, name_low, name_high."""
-    low, high = bootstrap_interval(strata, interquartile_mean, repetitions, rng)
-    point = interquartile_mean(np.concatenate(list(strata)))
+def _within(origin: Row, data: Comparison, low: Array, high: Array) -> tuple[Array, Array]:
+    """The interval, cut to [0, 1] where the score is a success rate."""
+    if "metric" not in origin and data.metrics.get(origin["task"]) == "eval/success":
+        return np.maximum(low, 0), np.minimum(high, 1)
+    return low, high
+
+
+def _summary(data: Comparison, name: str, strata: Sequence[Array], rng: np.random.Generator) -> Row:
+    """Estimate of the pooled runs and its interval, as columns name, name_low, name_high."""
+    low, high = data.estimator.interval(strata, rng)
+    point = data.estimator.point(np.concatenate(list(strata)))
     return {name: float(point), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
@@ -165,12 +173,14 @@ def score_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
         for method, group in methods.items():
             row: Row = {"task": task, "method": method, "metric": data.metrics[task], "runs": len(group.runs)}
             for name, values in (("final", group.final), ("auc", group.area)):
-                summary = _summary(name, [values], data.repetitions, rng)
+                summary = _summary(data, name, [values], rng)
+                if data.metrics[task] == "eval/success":  # nothing lies outside
+                    summary[f"{name}_low"], summary[f"{name}_high"] = np.clip(list(summary.values())[1:], 0, 1).tolist()
                 shares = {
                     k.replace(name, f"{name}_normalized"): v / data.oracle_score(task) for k, v in summary.items()
                 }
                 row |= summary | shares
-            rows.append(row | {"sources": data.sources(group.runs)})
+            rows.append(row | {"estimator": data.estimator.name, "sources": data.sources(group.runs)})
     return rows
 
 
@@ -180,25 +190,22 @@ def aggregate_rows(data: Comparison, tasks: Sequence[str], rng: np.random.Genera
     for method in data.methods if tasks else []:
         row = _origin(data, tasks, method)
         for name, scores in (("final_normalized", "final"), ("auc_normalized", "area")):
-            row |= _summary(name, _normalized(data, tasks, method, scores), data.repetitions, rng)
-        rows.append(row)
+            row |= _summary(data, name, _normalized(data, tasks, method, scores), rng)
+        rows.append(row | {"estimator": data.estimator.name})
     return rows
 
 
-def profile_rows(data: Comparison, tasks: Sequence[str], rng: np.random.Generator) -> list[Row]:
-    """Performance profiles: the share of runs whose normalised final score is above each threshold."""
+def profile_rows(data: Comparison, tasks: Sequence[str]) -> list[Row]:
+    """Performance profiles: the share of runs whose normalised final score is above each threshold (Wilson)."""
     rows = []
     for method in data.methods if tasks else []:
-        strata = _normalized(data, tasks, method, "final")
-        low, high = bootstrap_interval(strata, _profile, data.repetitions, rng)
-        for point in zip(THRESHOLDS, _profile(np.concatenate(strata), 0), low, high, strict=True):
+        scores = np.concatenate(_normalized(data, tasks, method, "final"))
+        shares = performance_profile(scores, THRESHOLDS)
+        low, high = share_interval(shares, len(scores))
+        for point in zip(THRESHOLDS, shares, low, high, strict=True):
             numbers = dict(zip(("threshold", "share", "low", "high"), point, strict=True))
             rows.append(_origin(data, tasks, method) | numbers)
     return rows
-
-
-def _profile(scores: Array, axis: int) -> Array:
-    return performance_profile(scores, THRESHOLDS, axis=axis)
 
 
 def _normalized(data: Comparison, tasks: Sequence[str], method: str, scores: str) -> list[Array]:
@@ -211,8 +218,8 @@ def _origin(data: Comparison, tasks: Sequence[str], *methods: str) -> Row:
     return named | {"tasks": " ".join(tasks), "runs": len(runs), "sources": data.sources(runs)}
 
 
-def improvement_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
-    """P(first > second) of final scores, for every ordered pair of methods, on the tasks both have."""
+def improvement_rows(data: Comparison) -> list[Row]:
+    """P(first > second) of final scores (score interval), for every ordered pair of methods, on the tasks both have."""
     rows = []
     for first in data.methods:
         for second in data.methods:
@@ -220,71 +227,72 @@ def improvement_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
             if first == second or not tasks:
                 continue
             x, y = ([data.curves[task][method].final for task in tasks] for method in (first, second))
-            low, high = improvement_interval(x, y, data.repetitions, rng)
+            low, high = improvement_interval(x, y)
             numbers = {"probability": probability_of_improvement(x, y), "low": low, "high": high}
             rows.append(_origin(data, tasks, first, second) | numbers)
     return rows
 
 
-Need = dict[str, tuple[float, Array | None]]  # axis -> where the level is first reached, and its bootstrap samples
+Need = dict[str, tuple[float, float, float]]  # axis -> where the level is first reached, earliest and latest
 
 
 def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
-    """Steps and labels at which a method's interquartile-mean curve first reaches a share of the oracle's score.
+    """Steps and labels at which a method's curve first reaches a share of the oracle's score.
 
-    Infinity: not reached. The ratio is the method's over the baseline's, below 1 where the method needs fewer. Where
-    the baseline does not reach the level, its need is at least all that was compared: that is put in its place, and
-    the ratio is an upper bound (`_ratio_is_bound`). The same holds in each bootstrap sample.
+    Infinity: not reached. The interval is read off the curve's own: from where its upper end reaches the level to
+    where its lower end does. The ratio is the method's over the baseline's, below 1 where the method needs fewer; its
+    interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
+    least all that was compared: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
     """
     rows = []
     for task, reference in data.references.items():
+        bands = {m: {axis: _band(data, group, axis, rng) for axis in AXES} for m, group in data.curves[task].items()}
         for share in SHARES:
             level = share * reference.score
-            needs = {method: _needs(group, level, data.repetitions, rng) for method, group in data.curves[task].items()}
+            needs = {m: {axis: _need(*bands[m][axis], level) for axis in AXES} for m in bands}
             base = needs.get(data.base) if data.base else None
             for method, need in needs.items():
                 runs = data.curves[task][method].runs
                 row: Row = {"task": task, "method": method, "share": share, "level": level}
-                for axis in need:
-                    end = data.curves[task][method].over(axis)[0][-1]
-                    row |= _columns(axis, *need[axis]) | _ratio(axis, need, base, float(end))
+                for axis in AXES:
+                    end = float(bands[method][axis][0][-1])
+                    row |= _columns(axis, *need[axis]) | _ratio(axis, need, base, end)
                 rows.append(row | {"runs": len(runs), "sources": data.sources(runs)})
     return rows
 
 
-def _needs(group: Curves, level: float, repetitions: int, rng: np.random.Generator) -> Need:
-    found: Need = {}
-    for axis in ("steps", "labels"):
-        grid, values = group.over(axis)
-        point = float(first_reached(grid, interquartile_mean(values), level))
-        samples = None
-        if len(values) > 1:
-            samples = first_reached(grid, interquartile_mean(resample([values], repetitions, rng)[0], axis=1), level)
-        found[axis] = point, samples
-    return found
+def _band(data: Comparison, group: Curves, axis: str, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
+    """Grid, estimate, and the ends of its interval (the estimate where there is none), each [points]."""
+    grid, values = group.over(axis)
+    point, ends = data.estimator.point(values), data.estimator.interval([values], rng)
+    low, high = (np.where(np.isnan(end), point, end) for end in ends)
+    return grid, point, low, high
 
 
-def _columns(name: str, point: float, samples: Array | None) -> Row:
-    """Point and interval; no interval without samples, or where one is undefined (zero over zero)."""
-    low, high = math.nan, math.nan
-    if samples is not None and not np.isnan(samples).any():
-        low, high = (float(end) for end in percentile_interval(samples))
+def _need(grid: Array, point: Array, low: Array, high: Array, level: float) -> tuple[float, float, float]:
+    """Where the curve, its interval's upper end and its lower end first reach the level."""
+    reached, earliest, latest = (float(first_reached(grid, curve, level)) for curve in (point, high, low))
+    return reached, earliest, latest
+
+
+def _columns(name: str, point: float, low: float, high: float) -> Row:
     return {name: point, f"{name}_low": low, f"{name}_high": high}
 
 
 def _ratio(axis: str, need: Need, base: Need | None, end: float) -> Row:
     name = f"{axis}_ratio"
-    if base is None:
-        return _columns(name, math.nan, None) | {f"{name}_is_bound": False}
-    (point, samples), (base_point, base_samples) = need[axis], base[axis]
-    if math.isinf(point) and math.isinf(base_point):  # neither gets there: nothing to say
-        return _columns(name, math.nan, None) | {f"{name}_is_bound": False}
-    drawn = None
+    if base is None or (math.isinf(need[axis][0]) and math.isinf(base[axis][0])):  # neither gets there: nothing to say
+        return _columns(name, math.nan, math.nan, math.nan) | {f"{name}_is_bound": False}
+    point, low, high = need[axis]
+    base_point, base_low, base_high = base[axis]
+    if need is base:
+        return _columns(name, 1.0, math.nan, math.nan) | {f"{name}_is_bound": False}
     with np.errstate(divide="ignore", invalid="ignore"):  # a level reached at step 0: x/0 is infinite, 0/0 undefined
-        ratio = float(np.divide(point, min(base_point, end)))
-        if need is not base and samples is not None and base_samples is not None:
-            drawn = np.divide(samples, np.minimum(base_samples, end))
-    return _columns(name, ratio, drawn) | {f"{name}_is_bound": math.isinf(base_point)}
+        ratio = np.divide(point, min(base_point, end))
+        ends = np.divide(low, base_high), np.divide(high, min(base_low, end))
+    if np.isnan(ends).any():
+        ends = np.float64(math.nan), np.float64(math.nan)
+    return _columns(name, float(ratio), float(ends[0]), float(ends[1])) | {f"{name}_is_bound": math.isinf(base_point)}
 
 
 def health_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
@@ -299,7 +307,7 @@ def health_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
                 if len(grid):
                     values = np.stack([last_observation(*points, grid) for points in series])
                     origin = {"task": task, "method": method, "metric": metric}
-                    rows += _pointwise(origin, "steps", grid, values, data.sources(measured), data.repetitions, rng)
+                    rows += _pointwise(data, origin, "steps", grid, values, data.sources(measured), rng)
     return rows
 
 
@@ -317,4 +325,9 @@ def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> None:
 def _cell(value: Any) -> Any:
     if isinstance(value, float):  # numpy's floats are floats too
         return "" if math.isnan(value) else f"{value:.6g}"
-    return value
+    return neutral(value) if isinstance(value, str) else value
+
+
+def neutral(text: str) -> str:
+    """A text cell that no spreadsheet takes for a formula: `=`, `+`, `-` and `@` at its start are quoted."""
+    return f"'{text}" if text[:1] in FORMULA else text
