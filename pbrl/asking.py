@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pbrl.interfaces import name_of
 from pbrl.types import Answer, Query, Teacher
 
 ROOM, ROOM_PER_PAIR = 16_384, 64  # bytes of a line: key and teacher's state; one label
@@ -41,11 +42,11 @@ def ask(
         TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
         OSError: if there is no room to write the answer down; the teacher has not been asked then.
     """
-    name = teacher_name(teacher)
+    name = name_of(teacher)
     known = journal.recall(query)
     if known is not None:
         answer, state = known
-        if state is not None and hasattr(teacher, "load_state_dict"):
+        if state is not None:
             teacher.load_state_dict(state)
         return answer
     with journal.room_for(query):
@@ -59,18 +60,12 @@ def ask(
         check_answer(answer, query, name)
         given = answer.given.cpu()
         answer = Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
-        state = teacher.state_dict() if hasattr(teacher, "state_dict") else None
+        state = teacher.state_dict()
         try:
             journal.append(query, answer, state)
         except (TypeError, ValueError) as error:
             raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
     return answer
-
-
-def teacher_name(teacher: Teacher) -> str:
-    """Dotted name of the teacher's class, or of the function that it is."""
-    named = teacher if hasattr(teacher, "__qualname__") else type(teacher)
-    return f"{named.__module__}.{getattr(named, '__qualname__', '?')}"
 
 
 def check_answer(answer: Any, query: Query, teacher: str) -> None:

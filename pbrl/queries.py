@@ -1,35 +1,26 @@
-"""Which pairs to ask about. A rule sees candidate pairs and picks the most useful ones (B-Pref §4; REFERENCE 2.4).
+"""Which pairs to ask about. A rule sees candidate pairs and picks the most useful ones (Lee et al., NeurIPS 2021
+datasets track, §4).
 
 Every rule is symmetric: swapping the two segments of a pair changes nothing.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Query, Segments
 
-if TYPE_CHECKING:
-    from pbrl.preferences import Preferences
-
-
-class Choose(Protocol):
-    """Picks `count` of the candidates: their indices, int64 [count]."""
-
-    def __call__(
-        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
-    ) -> np.ndarray: ...
-
 
 @dataclass
-class QueryRule:
-    """What every rule has in common.
+class QueryRule(ABC):
+    """Picks the most useful of some candidate pairs.
 
     Args:
         pool: candidates drawn per question (B-Pref's large_batch).
@@ -52,6 +43,17 @@ class QueryRule:
             raise ValueError(f"query.recent_episodes={self.recent_episodes}; expected at least 1, or null for all")
         if not 0 <= self.branch_share <= 1:
             raise ValueError(f"query.branch_share={self.branch_share}; expected a share in [0, 1]")
+
+    @property
+    def compares_members(self) -> bool:
+        """Whether it makes sense only with several reward networks."""
+        return False
+
+    @abstractmethod
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Indices of `count` of the candidates: int64 [count]. `asked`: all pairs answered so far."""
 
 
 @dataclass
@@ -96,6 +98,10 @@ class Score(QueryRule):
         super().__post_init__()
         if self.score not in SCORES:
             raise ValueError(f"query.score={self.score}; expected one of {', '.join(SCORES)}")
+
+    @property
+    def compares_members(self) -> bool:
+        return self.score == "disagreement"
 
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
@@ -154,7 +160,7 @@ def k_center(
 
 @dataclass
 class KCenter(QueryRule):
-    """Pairs that cover the candidates: farthest-first in observation space (REFERENCE 2.4, feed types 3–5).
+    """Pairs that cover the candidates: farthest-first in observation space (the last three of B-Pref's query rules).
 
     Args:
         score: null, or first keep the better half of the candidates by `disagreement` or `entropy`.
@@ -166,6 +172,10 @@ class KCenter(QueryRule):
         super().__post_init__()
         if self.score is not None and self.score not in SCORES:
             raise ValueError(f"query.score={self.score}; expected null or one of {', '.join(SCORES)}")
+
+    @property
+    def compares_members(self) -> bool:
+        return self.score == "disagreement"
 
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator

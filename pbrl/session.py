@@ -10,7 +10,7 @@ from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
 from pbrl.rollouts import Rollouts
-from pbrl.types import Moments, Params, Query, Segments
+from pbrl.types import Answer, Moments, Params, Query, Segments
 
 
 class AgentSession:
@@ -31,6 +31,15 @@ class AgentSession:
         self.new_pairs = 0  # answered in this session
         self.fresh_asked = 0  # the last questions of this session, those about the present policy
         self.fresh_pairs = 0  # of them, those answered
+
+    def begin(self) -> None:
+        """A new session: nothing is fresh yet."""
+        self.fresh_from = self.fresh_to = self.rollouts.total
+
+    def take_in(self, answer: Answer) -> None:
+        """The session's questions were answered."""
+        self.new_pairs = int(answer.given.sum())
+        self.fresh_pairs = int(answer.given[len(answer.given) - self.fresh_asked :].sum())
 
     @property
     def env_step(self) -> int:

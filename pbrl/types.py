@@ -1,4 +1,4 @@
-"""The data that travels between the parts, and the protocols of the parts that users replace.
+"""The data that travels between the parts, and what the parts see of each other.
 
 Labels follow PARL (Chakraborty et al., ICLR 2024, eq. 6): **1 means the first segment is preferred**, 0 the second,
 0.5 that both are equally good. A pair the teacher skipped is masked out by `Answer.given`; it is never trained on.
@@ -6,17 +6,15 @@ Labels follow PARL (Chakraborty et al., ICLR 2024, eq. 6): **1 means the first s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pbrl.preferences import Preferences
-    from pbrl.reward import RewardEnsemble
 
 Params = dict[str, Tensor]
 Moments = tuple[np.ndarray, np.ndarray]  # mean and standard deviation, float64 [size] each
@@ -144,14 +142,59 @@ class Answer:
         return len(self.prefers_first)
 
 
-class Teacher(Protocol):
-    """Anybody who can compare segments. Any callable with this signature is a teacher; no base class is needed.
+class Teacher(ABC):
+    """Somebody who can compare segments. Everything but the call is optional and does nothing unless overridden.
 
-    A teacher with memory (a random generator, say) may also have `state_dict() -> dict` and `load_state_dict(dict)`
-    of plain JSON values, so that a resumed run equals an uninterrupted one.
+    A plain callable with this signature is a teacher too (see `pbrl.interfaces.as_teacher`).
     """
 
-    def __call__(self, query: Query) -> Answer: ...
+    @abstractmethod
+    def __call__(self, query: Query) -> Answer:
+        """One answer for each pair. What it raises stops the run after saving; the query is put again on resume."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last query, logged with its session; keys `teacher/name`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What it remembers (a random generator, say), as plain JSON values, so that a run can be resumed exactly."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def open(self, run_dir: Path, segment_length: int) -> None:
+        """Before the first query of a run, and again when it is resumed: files of its own go into `run_dir`."""
+
+    def watch(self, row: Mapping[str, Any]) -> None:
+        """Hears each row of metrics (`env_step` and others), and now and then only `env_step`."""
+
+    def close(self, complete: bool) -> None:
+        """At the end of the process; `complete`: the run has reached its end."""
+
+
+class Environment(Protocol):
+    """A gymnasium environment of float32 vectors whose state can be stored and restored (see `envs.base`).
+
+    A plain `gymnasium.Env` is wrapped with `state_size` 0 (see `pbrl.interfaces.as_environment`): what needs states
+    (videos, branches) is then refused, and a resumed run begins a new episode.
+    """
+
+    observation_space: Any
+    action_space: Any
+    horizon: int | None  # environment steps per episode; None: not known
+    state_size: int  # float64 numbers in a state; 0: states cannot be stored
+
+    @property
+    def np_random(self) -> np.random.Generator:
+        """From which episodes are drawn."""
+
+    def reset(self, *, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]: ...
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]: ...
+    def get_state(self) -> np.ndarray: ...
+    def set_state(self, state: np.ndarray) -> np.ndarray: ...
+    def render(self, width: int = 256, height: int = 256) -> np.ndarray: ...
+    def close(self) -> None: ...
 
 
 class PolicyView(Protocol):
@@ -236,27 +279,6 @@ class Session(Protocol):
 
     def novelty(self, obs: Tensor, nearest: int) -> Tensor:
         """Distance of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one: float32 [B]."""
-
-
-@runtime_checkable
-class RewardUpdater(Protocol):
-    """How answers become a better reward. One file per method.
-
-    pairs: where the questions come from: "buffer" (recent episodes), "fresh" (the present policy is rolled out for
-    them before each session) or "none" (no questions: the agent is paid the task's own reward).
-
-    An updater may also have
-        margin: int, steps kept around each segment (SURF's crops);
-        between_every: int and between(reward, preferences, session) -> dict, called every that many environment steps
-            after the first session while questions are left (MRN's meta-step); the replay is then paid anew;
-        start(session), called before the first step of a run;
-        state_dict() and load_state_dict(dict), tensors and plain values, if it remembers anything.
-    """
-
-    pairs: str
-
-    def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
-        """Improve `reward` in place; return metrics with keys `group/name`."""
 
 
 def tensor_fields(value: Any) -> dict[str, Tensor]:

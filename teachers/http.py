@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pbrl.types import Answer, Query, Segments
+from pbrl.types import Answer, Query, Segments, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Renderer:
         return pictures
 
 
-class HTTPTeacher:
+class HTTPTeacher(Teacher):
     """Asks a server. Slow, missing and failing (5xx, 429) servers are retried with growing pauses.
 
     A query is sent in parts. If the server dies in the middle, the parts already answered stay in `state_dict`, and

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbrl.types import Answer, Query
+from pbrl.types import Answer, Query, Teacher
 
 log = logging.getLogger(__name__)
 
 
-class RecordedTeacher:
+class RecordedTeacher(Teacher):
     """Answers exactly the pairs that are in a data set and skips all others.
 
     A pair is known if the float32 values of both its segments equal the stored ones bit for bit, in either order. Such

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pbrl.types import Answer, Query
+from pbrl.types import Answer, Query, Teacher
 
 STREAM = 0x7EAC  # sets this generator apart from others made from the same seed
 
 
-class SimulatedTeacher:
+class SimulatedTeacher(Teacher):
     """Prefers the segment with the larger sum of task rewards, with the human failings of B-Pref.
 
     For each pair, with R the undiscounted sum of a segment's task rewards and H its steps, in this order:

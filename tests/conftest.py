@@ -17,9 +17,13 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
+import pbrl.asking
+from pbrl.asking import AnswerJournal
+from pbrl.interfaces import as_teacher
 from pbrl.launch.build import build
 from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
+from pbrl.types import Answer, Query
 
 torch.set_num_threads(1)
 register_resolvers()
@@ -63,6 +67,11 @@ def tiny_loop(run_dir: Path, *overrides: str) -> Loop:
     """A tiny run, built and ready."""
     cfg, choices = config(*TINY, f"run_dir={run_dir}", *overrides)
     return build(cfg, choices, [])
+
+
+def ask(teacher: Any, query: Query, journal: AnswerJournal) -> Answer:
+    """`pbrl.asking.ask` of whatever can be called."""
+    return pbrl.asking.ask(as_teacher(teacher), query, journal)
 
 
 def finish(loop: Loop) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pbrl.records.checkpoint
-from pbrl.asking import AnswerJournal, TeacherError, ask
+from pbrl.asking import AnswerJournal, TeacherError
 from pbrl.records.checkpoint import CheckpointError, StepLog, load_latest, non_finite, save_checkpoint
 from pbrl.types import Answer, Query, Segments
-from tests.conftest import tiny_loop
+from tests.conftest import ask, tiny_loop
 
 
 class Ring:

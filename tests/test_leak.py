@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pbrl.types import Answer, Query, Segments
+from pbrl.types import Answer, Query, Segments, Teacher
 from tests.conftest import finish, rows, tiny_loop
 
 
-class Poisoner:
+class Poisoner(Teacher):
     """Answers like the teacher it wraps, then makes every task reward that is left lying around NaN."""
 
     def __init__(self, loop, teacher) -> None:

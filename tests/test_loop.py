@@ -12,9 +12,10 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.asking import TeacherError
+from pbrl.interfaces import as_teacher
 from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import Feedback
-from pbrl.types import Answer, Query
+from pbrl.types import Answer, Query, Teacher
 from tests.conftest import finish, rows, tiny_loop
 
 
@@ -86,7 +87,7 @@ def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: st
         seen.append(session.fresh_asked)
         return teacher(query)
 
-    loop.parts.teacher = spy
+    loop.parts.teacher = as_teacher(spy)
     finish(loop)
     assert seen == [0, fresh, fresh], "the first session has no fresh steps"
     assert session.fresh_pairs == fresh
@@ -96,7 +97,7 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
     loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
     asked: list[Query] = []
     teacher = loop.parts.teacher
-    loop.parts.teacher = lambda query: (asked.append(query), teacher(query))[1]
+    loop.parts.teacher = as_teacher(lambda query: (asked.append(query), teacher(query))[1])
     finish(loop)
     assert [len(query) for query in asked] == [5, 5, 5]
     for query in asked:
@@ -105,7 +106,7 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
     assert loop.step >= 600
 
 
-class Tantrum:
+class Tantrum(Teacher):
     """Answers once, then does what it is told to."""
 
     def __init__(self, bad) -> None:
@@ -145,7 +146,7 @@ def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path,
 
 def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run")
-    loop.parts.teacher = lambda query: Answer(torch.zeros(len(query)), torch.zeros(len(query), dtype=torch.bool))
+    loop.parts.teacher = as_teacher(lambda query: Answer(torch.zeros(len(query)), torch.zeros(len(query)) > 0))
     summary = finish(loop)
     assert summary["feedback/labels"] == 0
     assert summary["feedback/skipped"] == 15

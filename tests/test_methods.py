@@ -429,7 +429,8 @@ def test_near_policy_queries_look_back_as_far_as_published(env: str, episodes: i
 def test_near_policy_queries_come_from_the_last_episodes(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "query=near-policy", "query.recent_episodes=2", "total_steps=250")
     loop.run()
-    query, recent = loop._select(), loop.parts.rollouts.obs[200:250]  # episodes of 50 steps; the sixth has not begun
+    query = loop.questions.select(first=False)
+    recent = loop.parts.rollouts.obs[200:250]  # episodes of 50 steps; the sixth has not begun
     assert {tuple(o) for o in query.first.obs[:, 0].tolist()} <= {tuple(o) for o in recent.tolist()}
     loop.close(True)
 

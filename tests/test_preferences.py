@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pbrl.asking import AnswerJournal, TeacherError, ask, check_answer
+from pbrl.asking import AnswerJournal, TeacherError, check_answer
 from pbrl.preferences import Preferences, main, merge
 from pbrl.types import Answer, Query, Segments
+from tests.conftest import ask
 
 generator = torch.Generator().manual_seed(0)
 
@@ -473,12 +474,14 @@ def test_a_damaged_line_in_the_middle_is_an_error_not_a_loss(tmp_path: Path) -> 
 KILLED = """
 import sys, torch
 from pbrl.asking import AnswerJournal, ask
+from pbrl.interfaces import as_teacher
 from pbrl.types import Answer, Query, Segments
 
 journal = AnswerJournal(sys.argv[1])
 for i in range(10**6):
     side = Segments(torch.full((20, 2, 1), float(i)), torch.zeros(20, 2, 1))
-    ask(lambda query: Answer(torch.ones(20), torch.ones(20).bool()), Query(side, side, torch.zeros(20, 2, 2)), journal)
+    teacher = as_teacher(lambda query: Answer(torch.ones(20), torch.ones(20).bool()))
+ask(teacher, Query(side, side, torch.zeros(20, 2, 2)), journal)
     print(i, flush=True)
 """
 

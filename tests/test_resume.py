@@ -19,7 +19,7 @@ from pbrl.launch.configuration import options
 from pbrl.loop import Loop, Stopped
 from pbrl.records import checkpoint as stored_checkpoint
 from pbrl.records.checkpoint import load_latest
-from pbrl.types import Answer, Query
+from pbrl.types import Answer, Query, Teacher
 
 TINY = [
     "env=pointmass",
@@ -93,7 +93,7 @@ def raising(function: Callable[..., Any], error: BaseException, calls: int = 0, 
     return wrapped
 
 
-class InterruptedTeacher:
+class InterruptedTeacher(Teacher):
     """Ctrl-C while the teacher thinks: it has drawn random numbers already."""
 
     def __init__(self, teacher: Any) -> None:
@@ -263,7 +263,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_answers(tmp_path: Pa
     more = ["total_steps=200", "checkpoint_every=190", "teacher=mistake"]
     reference = finish(made(tmp_path / "a", *more))
     loop = made(tmp_path / "b", *more)
-    loop.parts.updater.update = raising(loop.parts.updater.update, Crash())  # type: ignore[method-assign]
+    loop.parts.updater.update = raising(loop.parts.updater.update, Crash())
     with pytest.raises(Crash):
         loop.run()
     loop.close(False)

@@ -133,8 +133,8 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     split.wrap(loop, "save", "checkpoint")
     split.wrap(agent.training_env, "step", "simulator")
     split.wrap(agent, "_sample_action", "acting")
-    split.wrap(loop, "_select", "questions")
-    split.wrap(loop, "_feedback_metrics", "metrics")
+    split.wrap(loop.questions, "select", "questions")
+    split.wrap(loop.diary, "session", "metrics")
     began, wall = time.process_time(), time.perf_counter()
     try:
         loop.run()

@@ -58,7 +58,7 @@ class Walk(gym.Env[np.ndarray, np.ndarray]):
 def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
     """A session whose fresh rollouts and answers are those of the module's text."""
     agent = make_agent(Walk(), seed=0, learning_starts=0, buffer_size=2 * steps)
-    agent.rollouts = Rollouts(3 * steps, OBS, ACT)
+    agent.attach(Rollouts(3 * steps, OBS, ACT))
     found = AgentSession(agent, np.random.default_rng(0))
     found.collect_fresh(steps)
     query = found.rollouts.query(PAIRS, SEGMENT, np.random.default_rng(1))

@@ -44,18 +44,25 @@ METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/
 class PreferenceSAC(SAC):
     """SAC whose reward is a function of observation and action, learned elsewhere.
 
-    Attributes to set after construction (none of them is saved in SB3's zip):
-        reward_fn: pays each new transition; None: the task's own reward (the oracle).
-        batch_reward: if set, replaces the rewards of every sampled batch (state-entropy pretraining): observations
-            float32 [B, obs_dim] to float32 [B].
-        rollouts: if set, records every step of the training environment.
+    By itself it is paid the task's reward; `attach` and `pay_by` join it to a run. None of what they set is saved in
+    SB3's zip.
+
+    Args:
+        temperature_lr: of the temperature; None: the learning rate.
+        precision: of the update's hidden layers, fp32 or bf16.
         compiles: whether `prepare` compiles the update.
     """
 
     replay_buffer: RelabelReplay
 
     def __init__(
-        self, policy: Any, env: Any, temperature_lr: float | None = None, precision: str = "fp32", **kwargs: Any
+        self,
+        policy: Any,
+        env: Any,
+        temperature_lr: float | None = None,
+        precision: str = "fp32",
+        compiles: bool = False,
+        **kwargs: Any,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"agent.precision={precision}; expected one of {', '.join(PRECISIONS)}")
@@ -63,7 +70,7 @@ class PreferenceSAC(SAC):
         self.reward_fn: RewardFunction | None = None
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
-        self.compiles = False
+        self.compiles = compiles
         self._branching = False
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
         super().__init__(policy, env, **kwargs)
@@ -91,6 +98,18 @@ class PreferenceSAC(SAC):
         own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
         own += ["_fast", "_temperature_adam", "_critic_params", "_target_params"]
         return super()._excluded_save_params() + own
+
+    def attach(self, rollouts: Rollouts) -> None:
+        """Record every step of the training environment from now on."""
+        self.rollouts = rollouts
+
+    def pay_by(self, reward: RewardFunction | None, of_batches: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Be paid by `reward` for each new transition from now on; None: the task's own (the oracle).
+
+        `of_batches`, if given, replaces the rewards of every sampled batch (state-entropy pretraining): observations
+        float32 [B, obs_dim] to float32 [B].
+        """
+        self.reward_fn, self.batch_reward = reward, of_batches
 
     # ------------------------------------------------------------------------------------------------ collecting
 
@@ -178,13 +197,13 @@ class PreferenceSAC(SAC):
 
     @property
     def training_env(self) -> Any:
-        """The one training environment, unwrapped."""
+        """The one training environment: a `pbrl.types.Environment`."""
         assert self.env is not None
-        return self.env.envs[0].unwrapped  # type: ignore[attr-defined]
+        return self.env.envs[0]  # type: ignore[attr-defined]
 
     @property
     def _has_states(self) -> bool:
-        return bool(getattr(self.training_env, "state_size", 0))
+        return bool(self.training_env.state_size)
 
     def branch(self, state: np.ndarray, steps: int) -> bool:
         """Continue from a stored simulator state for `steps` steps of the present policy, then return to where it was.
@@ -459,6 +478,7 @@ def make_agent(
         DummyVecEnv([lambda: env]),
         temperature_lr=temperature_lr,
         precision=precision,
+        compiles=compile,
         learning_rate=learning_rate,
         ent_coef=f"auto_{initial_temperature}",
         batch_size=batch_size,
@@ -478,5 +498,4 @@ def make_agent(
         device=device,
     )
     agent.set_logger(Logger(folder=None, output_formats=[]))
-    agent.compiles = compile
     return agent

@@ -19,16 +19,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from stable_baselines3.common.utils import set_random_seed
 
+from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import AnswerJournal
+from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed
 from pbrl.launch.stored import changes, read_config
-from pbrl.loop import Loop, Parts
+from pbrl.loop import Loop
+from pbrl.parts import Parts
 from pbrl.preferences import Preferences
+from pbrl.queries import QueryRule
 from pbrl.records.checkpoint import CheckpointError, write_atomically
 from pbrl.records.evaluation import OracleCurve
 from pbrl.records.loggers import JsonLines, Loggers, Sink
+from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.schedule import Evaluation, Feedback, Pretraining
+from pbrl.types import Environment
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
 Made = TypeVar("Made")
@@ -88,15 +94,16 @@ def _refuse(make: Callable[[], Made]) -> Made:
         raise
 
 
-def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query: Any, updater: Any) -> None:
+def check_combination(
+    cfg: DictConfig, env: Environment, agent: PreferenceSAC, reward: RewardEnsemble, query: QueryRule, updater: Updater
+) -> None:
     """Refuse options that would have no effect, or fail hours later, in each other's company.
 
     Raises:
         ConfigError: naming both options and why they do not go together.
     """
-    members, pay = len(getattr(reward, "members", [])), reward.pay
-    branching, score = getattr(query, "branch_share", 0.0) > 0, getattr(query, "score", None)
-    asks, has_states = updater.pairs != "none", bool(getattr(env, "state_size", 0))
+    members, pay = len(reward.members), reward.pay
+    asks, has_states = updater.pairs != "none", bool(env.state_size)
     for refused, reason in (
         (
             pay.disagreement_bonus and not asks,
@@ -107,7 +114,7 @@ def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query:
             "reward.pessimism and reward.disagreement_bonus need reward.members of at least 2 to disagree",
         ),
         (
-            asks and members == 1 and score == "disagreement",
+            asks and members == 1 and query.compares_members,
             "query.score=disagreement needs reward.members of at least 2, or another query",
         ),
         (not asks and cfg.import_preferences is not None, "import_preferences: this updater learns from no answers"),
@@ -115,7 +122,10 @@ def check_combination(cfg: DictConfig, env: Any, agent: Any, reward: Any, query:
             (cfg.eval.video or cfg.feedback.video) and not has_states,
             "eval.video and feedback.video need an environment whose simulator state can be restored",
         ),
-        (branching and not has_states, "query.branch_share needs an environment whose simulator state can be restored"),
+        (
+            query.branch_share > 0 and not has_states,
+            "query.branch_share needs an environment whose simulator state can be restored",
+        ),
     ):
         if refused:
             raise ConfigError(reason)
@@ -133,6 +143,10 @@ class _Builder:
         node = self.cfg[group]
         return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed))
 
+    def adopt(self, group: str, wrap: Callable[[Any], Made]) -> Made:
+        made = self.make(group)
+        return _refuse(lambda: wrap(made))
+
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
         check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.schedule.{kind.__name__}"}, self.cfg[name]))
         values = OmegaConf.to_container(self.cfg[name], resolve=True)
@@ -142,8 +156,9 @@ class _Builder:
         cfg = self.cfg
         feedback = self.section("feedback", Feedback)
         evaluation, pretraining = self.section("eval", Evaluation), self.section("pretraining", Pretraining)
-        query, updater, teacher = self.make("query"), self.make("updater"), self.make("teacher")
-        env, eval_env = self.make("env"), self.make("env")
+        query, updater = self.adopt("query", as_rule), self.adopt("updater", as_updater)
+        teacher = self.adopt("teacher", as_teacher)
+        env, eval_env = self.adopt("env", as_environment), self.adopt("env", as_environment)
         self._check_horizon(env, updater)
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
@@ -161,7 +176,7 @@ class _Builder:
             agent=agent,
             eval_env=eval_env,
             reward=reward.to(agent.device),
-            rollouts=Rollouts(capacity, obs_dim, act_dim, getattr(env, "state_size", 0)),
+            rollouts=Rollouts(capacity, obs_dim, act_dim, env.state_size),
             query=query,
             teacher=teacher,
             updater=updater,
@@ -169,6 +184,8 @@ class _Builder:
             journal=_refuse(lambda: AnswerJournal(self.run_dir / "answers.jsonl")),
             loggers=self._loggers(),
         )
+        if parts.asks:
+            _refuse(lambda: teacher.open(self.run_dir, cfg.segment_length))
         return Loop(
             parts=parts,
             run_dir=self.run_dir,
@@ -196,9 +213,8 @@ class _Builder:
         except RuntimeError as error:
             raise ConfigError(f"device={name}; expected auto, cpu, cuda or cuda:N") from error
 
-    def _check_horizon(self, env: Any, updater: Any) -> None:
-        horizon = getattr(env, "horizon", None) or getattr(env.spec, "max_episode_steps", None)
-        needed = self.cfg.segment_length + 2 * getattr(updater, "margin", 0)
+    def _check_horizon(self, env: Environment, updater: Updater) -> None:
+        horizon, needed = env.horizon, self.cfg.segment_length + 2 * updater.margin
         if horizon is not None and needed > horizon:
             raise ConfigError(f"segment_length={needed} is longer than an episode of {horizon} steps; shorten it")
 

@@ -2,55 +2,87 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from pbrl.agent.exploration import StateEntropy
+from pbrl.parts import Parts
 from pbrl.preferences import Preferences
-from pbrl.records.checkpoint import Loaded, global_generators, restore_global_generators, save_checkpoint
+from pbrl.records.checkpoint import Loaded, StepLog, global_generators, restore_global_generators, save_checkpoint
+from pbrl.records.diary import Diary
 from pbrl.records.wire import pack_query, unpack_query
 from pbrl.schedule import Due
-
-if TYPE_CHECKING:
-    from pbrl.loop import Loop
+from pbrl.types import Query
 
 
-def save(loop: Loop) -> None:
+class Fresh(Protocol):
+    """Where this session's fresh rollouts lie; see `pbrl.session.AgentSession`."""
+
+    fresh_from: int
+    fresh_to: int
+    fresh_asked: int
+
+
+class Running(Protocol):
+    """A run in progress: the loop, as far as it is stored."""
+
+    parts: Parts
+    run_dir: Path
+    due: Due
+    sessions: int
+    pretrained: bool
+    pending: Query | None
+    rngs: list[np.random.Generator]  # the loop's own, in a fixed order
+    step_logs: list[StepLog]
+
+    @property
+    def diary(self) -> Diary: ...
+    @property
+    def entropy(self) -> StateEntropy: ...
+    @property
+    def session(self) -> Fresh: ...
+
+
+def save(loop: Running) -> None:
     """Write a checkpoint from which `restore` continues bit for bit."""
-    parts, agent = loop.parts, loop.agent
+    parts, agent = loop.parts, loop.parts.agent
     replay = agent.replay_buffer
     run = {
-        "step": loop.step,
+        "step": agent.num_timesteps,
         "due": vars(loop.due),
         "sessions": loop.sessions,
         "pretrained": loop.pretrained,
-        "last": loop.last,
+        "last": loop.diary.last,
         "rollouts": parts.rollouts.state(),
         "entropy": loop.entropy.state(),
         "fresh": [loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked],
-        "rngs": [rng.bit_generator.state for rng in loop.rngs()],
-        "teacher": parts.teacher.state_dict() if hasattr(parts.teacher, "state_dict") else None,
+        "rngs": [rng.bit_generator.state for rng in loop.rngs],
+        "teacher": parts.teacher.state_dict(),
         "journal": parts.journal.position,
         "metrics_bytes": parts.loggers.local.sync(),
-        "seconds": loop.seconds_before + time.monotonic() - loop.started,
+        "seconds": loop.diary.seconds,
         "replay": [replay.pos, replay.full],
     }
-    state = {"agent": agent.state(), "reward": parts.reward.state(), "generators": global_generators()}
-    if hasattr(parts.updater, "state_dict"):
-        state["updater"] = parts.updater.state_dict()
+    state = {
+        "agent": agent.state(),
+        "reward": parts.reward.state(),
+        "updater": parts.updater.state_dict(),
+        "generators": global_generators(),
+    }
     arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
     arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
     arrays |= {f"pending/{key}": value for key, value in pack_query(loop.pending).items()}
     total = parts.rollouts.total
-    save_checkpoint(loop.run_dir, loop.step, run, state, arrays, [(log, total) for log in loop.step_logs])
+    save_checkpoint(loop.run_dir, agent.num_timesteps, run, state, arrays, [(log, total) for log in loop.step_logs])
     if len(parts.preferences):
         parts.preferences.save(loop.run_dir / "preferences.npz")
 
 
-def restore(loop: Loop, loaded: Loaded) -> None:
+def restore(loop: Running, loaded: Loaded) -> None:
     """Put everything back where `save` found it."""
-    parts, agent = loop.parts, loop.agent
+    parts, agent = loop.parts, loop.parts.agent
     run, replay = loaded.run, agent.replay_buffer
     parts.rollouts.load_state(run["rollouts"])
     if not agent.load_state(loaded.state["agent"]):
@@ -59,17 +91,17 @@ def restore(loop: Loop, loaded: Loaded) -> None:
     replay.pos, replay.full = run["replay"]
     replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
     parts.reward.load_state(loaded.state["reward"])
-    if hasattr(parts.updater, "load_state_dict"):
+    if "updater" in loaded.state:  # before version 0.2 not for updaters that remember nothing
         parts.updater.load_state_dict(loaded.state["updater"])
     parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
     loop.pending = unpack_query(_part(loaded.arrays, "pending/"))
     loop.due, loop.sessions, loop.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
-    loop.last, loop.seconds_before = run["last"], run["seconds"]
+    loop.diary.continues(run["last"], run["seconds"])
     loop.entropy.load_state(run["entropy"])
     loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked = run["fresh"]
-    for rng, rng_state in zip(loop.rngs(), run["rngs"], strict=True):
+    for rng, rng_state in zip(loop.rngs, run["rngs"], strict=True):
         rng.bit_generator.state = rng_state
-    if run["teacher"] is not None and hasattr(parts.teacher, "load_state_dict"):
+    if run["teacher"] is not None:
         parts.teacher.load_state_dict(run["teacher"])
     restore_global_generators(loaded.state["generators"])
     parts.journal.position = run["journal"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pbrl.fitting import Fitting
+from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.second_term.fresh import Labelled, Trajectories, check_share, cut, labelled, training_rows
@@ -34,7 +35,7 @@ from pbrl.second_term.upper import (
 from pbrl.types import Session
 
 
-class APARL:
+class APARL(Updater):
     """Cross-entropy on fresh pairs, and the implicit term behind a gate.
 
     The implicit term's weights are computed once per update, with the policy and the ensemble's mean reward as they are

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pbrl.bilevel.params import combine, gradient, leaves, linearize
 from pbrl.fitting import Fitting
+from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Params, Session
@@ -55,7 +56,7 @@ def outer_loss(predicted: Tensor, labels: Tensor) -> Tensor:
     return losses.mean(dim=1).sum()
 
 
-class Mrn:
+class Mrn(Updater):
     """PEBBLE's update at each session; between sessions, while questions are left, one step on the outer loss.
 
     Two departures: the meta-step comes beside that environment step's ordinary SAC update, not in its place; and a time

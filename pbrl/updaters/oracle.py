@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Session
 
 
-class Oracle:
+class Oracle(Updater):
     """Asks nothing: `pairs = "none"` tells the loop to pay the agent by the task."""
 
     pairs = "none"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pbrl.fitting import Fitting
+from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Session
 
 
-class Pebble:
+class Pebble(Updater):
     """Cross-entropy on the answered pairs.
 
     Args:

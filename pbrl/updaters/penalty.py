@@ -12,6 +12,7 @@ from typing import Any
 
 from pbrl.bilevel.params import combine, norm
 from pbrl.fitting import Fitting
+from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.second_term.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
@@ -24,7 +25,7 @@ from pbrl.types import Params, Session
 REFERENCES = ("none", "initial", "pretrained")
 
 
-class Penalty:
+class Penalty(Updater):
     """Cross-entropy on fresh pairs, and the penalty bracket behind a gate.
 
     Args:

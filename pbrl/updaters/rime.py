@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbrl.interfaces import Updater, as_updater
 from pbrl.losses import log_likelihood
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
-from pbrl.types import RewardUpdater, Session
+from pbrl.types import Session
 
 NOVELTY_ROWS = 2048  # observations whose mean and deviation normalise the novelty
 
@@ -39,7 +40,7 @@ def divergences(logits: Tensor, labels: Tensor) -> Tensor:
     return -log_likelihood(torch.logit(p, eps=1e-12), y) - entropy
 
 
-class Rime:
+class Rime(Updater):
     """Denoises the answers for another updater.
 
     Args:
@@ -57,7 +58,7 @@ class Rime:
 
     def __init__(
         self,
-        inner: RewardUpdater,
+        inner: Updater,
         epochs: int = 50,
         least_epochs: int = 15,
         stop_accuracy: float = 0.98,
@@ -71,13 +72,14 @@ class Rime:
         warm_batch_size: int = 256,
         nearest: int = 5,
     ) -> None:
+        inner = as_updater(inner)
         if inner.pairs == "none":
             raise ValueError("updater.inner asks no questions, so there is nothing to denoise; wrap pebble or another")
-        if hasattr(inner, "between"):
+        if inner.between_every is not None:
             raise ValueError("updater.inner also learns between sessions, from answers as given; rime cannot wrap it")
         if not 0 < flip < 0.5 or not 0 < rate <= 1:
             raise ValueError(f"updater.flip={flip}, updater.rate={rate}; expected 0 < flip < 0.5 and 0 < rate ≤ 1")
-        self.inner, self.pairs, self.margin = inner, inner.pairs, getattr(inner, "margin", 0)
+        self.inner, self.pairs, self.margin = inner, inner.pairs, inner.margin
         self.epochs, self.least_epochs, self.stop_accuracy = epochs, least_epochs, stop_accuracy
         self.alpha, self.flip, self.rate = alpha, flip, rate
         self.beta_first, self.beta_last, self.beta_epochs = beta_first, beta_last, beta_epochs
@@ -150,15 +152,12 @@ class Rime:
 
     def state_dict(self) -> dict[str, Any]:
         """Running numbers and the inner updater's state, for a checkpoint."""
-        inner: Any = self.inner
         return {
             "numbers": [self.warm, self.largest, self.variance, self.done],
-            "inner": inner.state_dict() if hasattr(inner, "state_dict") else {},
+            "inner": self.inner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.warm, self.largest, self.variance, self.done = state["numbers"]
-        inner: Any = self.inner
-        if hasattr(inner, "load_state_dict"):
-            inner.load_state_dict(state["inner"])
+        self.inner.load_state_dict(state["inner"])

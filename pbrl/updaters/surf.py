@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pbrl.fitting import answer_loss, crops, train_epochs
+from pbrl.interfaces import Updater
 from pbrl.losses import log_likelihood, preference_logits
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
@@ -31,7 +32,7 @@ def pseudo_label_loss(logits: Tensor, cropped_logits: Tensor, confidence: float)
     return -(sure * log_likelihood(cropped_logits, (logits > 0).to(logits.dtype))).mean(), sure.mean()
 
 
-class Surf:
+class Surf(Updater):
     """Cross-entropy on cropped answered pairs, plus pseudo-labels on cropped unlabelled pairs.
 
     With `unlabelled_per_label=0` and `crop=0` it equals `Pebble` bit for bit.

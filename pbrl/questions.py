@@ -1,0 +1,74 @@
+"""What is asked in a session: how many pairs, about which steps, chosen by which rule."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pbrl.parts import Parts
+from pbrl.queries import QueryRule, Uniform
+from pbrl.schedule import Feedback
+from pbrl.session import AgentSession
+from pbrl.types import Query
+
+
+class Questions:
+    """Selects each session's questions.
+
+    Args:
+        parts: the run's.
+        session: through which the present policy is rolled out.
+        feedback: how much is asked. total_steps: of the run. segment_length: environment steps.
+        rng: draws the candidates and is the query rule's.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        session: AgentSession,
+        feedback: Feedback,
+        total_steps: int,
+        segment_length: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self.parts, self.session, self.feedback = parts, session, feedback
+        self.total_steps, self.segment_length, self.rng = total_steps, segment_length, rng
+
+    @property
+    def left(self) -> int:
+        """Pairs that the budget still allows."""
+        return max(self.feedback.budget - self.parts.preferences.asked, 0)
+
+    def select(self, first: bool) -> Query:
+        """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
+
+        Those about everything kept come first, then those about the present policy: its fresh steps and branches.
+        The first session asks about everything seen so far: before any reward there is no policy to be fresh about,
+        what pretraining has visited covers more, and a rule could only choose by a reward that knows nothing yet.
+        """
+        parts, session, feedback = self.parts, self.session, self.feedback
+        count = feedback.count(parts.agent.num_timesteps, self.total_steps, parts.preferences.asked)
+        fresh = parts.updater.pairs == "fresh" and not first
+        if fresh:
+            steps = feedback.fresh_steps
+            session.collect_fresh(2 * count * self.segment_length if steps is None else steps)
+        rule = Uniform() if first else parts.query
+        branched = round(parts.query.branch_share * count)
+        about_fresh = round(feedback.fresh_share * (count - branched)) if fresh else 0
+        questions = [
+            self._choose(rule, number, since)
+            for number, since in ((count - branched - about_fresh, 0), (about_fresh, session.fresh_from))
+            if number
+        ]
+        if branched:
+            questions.append(session.branch_query(branched, self.segment_length, self.rng, parts.updater.margin))
+        session.fresh_asked = about_fresh + branched
+        return Query.cat(questions)
+
+    def _choose(self, rule: QueryRule, count: int, since: int) -> Query:
+        """The rule's choice of `count` questions about what happened from step index `since` on."""
+        parts, episodes = self.parts, self.parts.query.recent_episodes
+        if episodes is not None:
+            since = max(since, parts.rollouts.since_episodes(episodes))
+        margin = parts.updater.margin
+        candidates = parts.rollouts.query(count * rule.pool, self.segment_length, self.rng, since, margin)
+        return candidates[rule(candidates, count, parts.reward, parts.preferences, self.rng)]

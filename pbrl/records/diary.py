@@ -1,0 +1,199 @@
+"""What a run tells: rows of metrics, lines and a bar on the console, tables and films. Nothing here trains anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pbrl.parts import Parts
+from pbrl.records.checkpoint import write_atomically
+from pbrl.records.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, over_optimisation, pair_rows, rank_correlation
+from pbrl.records.loggers import plain
+from pbrl.records.videos import film_pairs, film_states
+from pbrl.schedule import Evaluation, Feedback
+from pbrl.types import Answer, Query
+
+FILMED_PAIRS = 5  # of a session
+HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
+HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
+SHOWN = {  # on the console, of a session
+    "held-out accuracy": "reward/holdout_accuracy",
+    "training accuracy": "reward/accuracy",
+    "rank correlation": "reward/rank_correlation",
+    "teacher's error": "teacher/error_rate",
+    "skip": "teacher/skip_rate",
+    "tie": "teacher/equal_rate",
+}
+
+
+class Diary:
+    """Collects what is told about a run and hands it to the loggers, the console and a teacher who watches.
+
+    Args:
+        parts: the run's. run_dir: films go to its folder `videos`.
+        total_steps, segment_length: environment steps.
+        feedback, evaluation: what is filmed, and when. oracle: the curve that returns are compared with.
+        rng: draws the segments on which the learned reward is compared with the task's.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        run_dir: Path,
+        total_steps: int,
+        segment_length: int,
+        feedback: Feedback,
+        evaluation: Evaluation,
+        oracle: OracleCurve | None,
+        rng: np.random.Generator,
+    ) -> None:
+        self.parts, self.run_dir, self.total_steps, self.segment_length = parts, run_dir, total_steps, segment_length
+        self.feedback, self.evaluation, self.oracle, self.rng = feedback, evaluation, oracle, rng
+        self.last: dict[str, Any] = {}  # latest value of each metric
+        self.seconds_before = 0.0  # of wall time before the last resume
+        self.started = time.monotonic()
+        self.bar: Any = tqdm(disable=True)
+
+    @property
+    def step(self) -> int:
+        """Environment steps taken so far."""
+        return self.parts.agent.num_timesteps
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, the parts before a resume included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Within the block a bar shows how far the run is."""
+        with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
+            yield
+
+    def advance(self) -> None:
+        """Some steps were taken."""
+        self.bar.n = self.step
+        self.bar.update(0)
+        self.parts.teacher.watch({"env_step": self.step})
+
+    def continues(self, last: dict[str, Any], seconds: float) -> None:
+        """A run is resumed: the latest metrics of before, and its wall time."""
+        self.last, self.seconds_before, self.started = last, seconds, time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------ entries
+
+    def evaluate(self, learned: bool) -> None:
+        """The policy's true returns now, filmed if that is wanted; `learned`: it follows a learned reward already."""
+        env = self.parts.eval_env
+        states: list[np.ndarray] | None = [] if self.evaluation.video else None
+        metrics = evaluate(self.parts.agent, env, self.evaluation.episodes, self.evaluation.seed, states)
+        if self.oracle is not None:
+            metrics |= self.oracle.metrics(self.step, metrics["eval/return"])
+        if learned:
+            metrics |= self._over_optimisation()
+        success = f"success {metrics['eval/success']:.0%}" if "eval/success" in metrics else ""
+        self.log(metrics, f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}", success)
+        if states is not None:
+            self._film("eval/video", lambda path: film_states(env, states, path))
+
+    def session(self, metrics: dict[str, float], sessions: int) -> None:
+        """What came of the session with this number, and how well the reward knows the task now."""
+        metrics = metrics | self._counts(sessions) | self._health() | self.parts.teacher.metrics()
+        values = [f"{name} {_short(metrics[key])}" for name, key in SHOWN.items() if metrics.get(key) is not None]
+        self.log(metrics, f"session {sessions}  labels {self._labels}", *values)
+
+    def training(self) -> None:
+        """The agent's own numbers."""
+        metrics, finished = self.parts.agent.metrics(), self.parts.rollouts.finished
+        if finished:
+            metrics["rollout/return"] = float(np.mean([total for total, _ in finished]))
+        self.log(metrics)
+
+    def pairs(self, query: Query, answer: Answer, session: int) -> None:
+        """A table of the pairs just answered, where a logger takes tables, and a video if one is wanted."""
+        loggers = self.parts.loggers
+        if loggers.takes_tables:
+            loggers.table(
+                "feedback/pairs", PAIR_COLUMNS, pair_rows(self.parts.reward, query, answer, session), self.step
+            )
+        if self.feedback.video:
+            shown = slice(0, FILMED_PAIRS)
+            filmed = Answer(answer.prefers_first[shown], answer.given[shown])
+            self._film("feedback/video", lambda path: film_pairs(self.parts.eval_env, query[shown], filmed, path))
+
+    def log(self, metrics: dict[str, Any], *lines: str) -> None:
+        """One row of metrics for all who read them; `lines` go to the console, side by side."""
+        seconds = self.seconds
+        row = {"env_step": self.step, **metrics, "time/wall": seconds, "time/steps_per_second": self.step / seconds}
+        self.parts.loggers.log(row)
+        self.parts.teacher.watch(row)
+        self.last |= {key: plain(value) for key, value in row.items()}
+        self.bar.set_postfix({"return": _short(self.last.get("eval/return")), "labels": self._labels}, refresh=False)
+        if lines:
+            self.bar.write(f"step {self.step:>8}  " + "  ".join(lines))
+
+    def summary(self, complete: bool) -> dict[str, Any]:
+        """Latest value of each metric, and whether the run reached its end."""
+        return {"complete": complete, "total_steps": self.total_steps, **self.last}
+
+    def write_summary(self, complete: bool) -> None:
+        """The summary as summary.json."""
+        summary = json.dumps(self.summary(complete), indent=1)
+        write_atomically(self.run_dir / "summary.json", (summary + "\n").encode())
+
+    # ------------------------------------------------------------------------------------------------ numbers
+
+    @property
+    def _labels(self) -> str:
+        return f"{self.parts.preferences.asked}/{self.feedback.budget}" if self.parts.asks else "none"
+
+    def _counts(self, sessions: int) -> dict[str, float]:
+        counts = self.parts.preferences.counts
+        return {
+            "feedback/session": sessions,
+            "feedback/asked": counts["asked"],
+            "feedback/labels": counts["given"],
+            "feedback/skipped": counts["skipped"],
+            "feedback/equal": counts["equal"],
+            "feedback/stored_pairs": len(self.parts.preferences),
+        }
+
+    def _present(self) -> int:
+        """Index of the first step that counts as the present policy's: those of one interval between sessions."""
+        return max(self.parts.rollouts.total - min(self.step, self.feedback.every), 0)
+
+    def _health(self) -> dict[str, float]:
+        """How the learned reward orders the present policy's segments, against the task's, and what it pays for."""
+        rollouts, length, recent = self.parts.rollouts, self.segment_length, self._present()
+        metrics: dict[str, float] = {}
+        if len(rollouts.starts(length, recent)):
+            pairs = rollouts.query(HEALTH_PAIRS, length, self.rng, recent)
+            metrics["reward/rank_correlation"] = rank_correlation(self.parts.reward, pairs)
+        return metrics | self._over_optimisation()
+
+    def _over_optimisation(self) -> dict[str, float]:
+        rollouts = self.parts.rollouts
+        recent, kept = rollouts.steps(self._present(), HEALTH_STEPS), rollouts.steps(0, HEALTH_STEPS)
+        return over_optimisation(self.parts.reward, self.step, recent, kept)
+
+    def _film(self, name: str, film: Callable[[Path], None]) -> None:
+        """Make a video and hand it to the loggers; a machine that cannot draw trains on without."""
+        path = self.run_dir / "videos" / f"{name.split('/')[0]}_{self.step:09d}.mp4"
+        try:
+            film(path)
+        except (RuntimeError, OSError) as error:
+            self.bar.write(f"no video at step {self.step}: {error}")
+        else:
+            self.parts.loggers.video(name, path, self.step)
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
