@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from stable_baselines3.common.utils import set_random_seed
 
-from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import AnswerJournal
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed
@@ -95,7 +94,7 @@ def _refuse(make: Callable[[], Made]) -> Made:
 
 
 def check_combination(
-    cfg: DictConfig, env: Environment, agent: PreferenceSAC, reward: RewardEnsemble, query: QueryRule, updater: Updater
+    cfg: DictConfig, env: Environment, reward: RewardEnsemble, query: QueryRule, updater: Updater
 ) -> None:
     """Refuse options that would have no effect, or fail hours later, in each other's company.
 
@@ -163,7 +162,7 @@ class _Builder:
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
-        check_combination(cfg, env, agent, reward, query, updater)
+        check_combination(cfg, env, reward, query, updater)
         capacity = feedback.memory_steps
         if cfg.checkpoint_every > min(capacity, agent.buffer_size) and cfg.total_steps > capacity:
             raise ConfigError(
