@@ -320,6 +320,19 @@ def test_float32_and_float64_both_solve_to_what_they_can_hold(dtype, tolerance):
     assert not phi["w"].requires_grad and theta["a"].grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_by_name(dtype):
+    """In bfloat16 the gradient of this problem is wrong by a fifth, and its rounded residual says that it converged."""
+    upper, lower, phi, theta, _ = quadratic(torch.float64)
+    rough = {key: value.to(dtype) for key, value in theta.items()}
+    with pytest.raises(ValueError, match=rf"theta\['a'\] has dtype {dtype}; expected float32 or float64"):
+        bilevel.implicit_gradient(upper, lower, phi, rough)
+    with pytest.raises(ValueError, match=rf"phi\['w'\] has dtype {dtype}"):
+        bilevel.penalty_gradient(upper, lower, {"w": phi["w"].to(dtype)}, theta, theta, 0.1)
+    with pytest.raises(ValueError, match=rf"g\['w'\] has dtype {dtype}"):
+        bilevel.solve_curvature(lambda v: v, {"w": torch.ones(2, dtype=dtype)})
+
+
 def test_damping_shifts_the_system_towards_the_direct_term():
     upper, lower, phi, theta, _ = quadratic(torch.float64)
     strong, report = bilevel.implicit_gradient(upper, lower, phi, theta, damping=1e9)

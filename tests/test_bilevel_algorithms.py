@@ -80,6 +80,21 @@ def test_first_order_brl_samples_each_policy_with_its_own_rollouts():
     assert float(run.phi["w"]) == pytest.approx(2.0, abs=2 * (1 / 200) / 0.5)
 
 
+def test_both_policies_of_algorithm_1_start_from_the_present_one():
+    upper, lower, phi, theta = quadratic()
+    asked = []
+
+    def sample(phi, theta):
+        asked.append(float(theta["t"].detach()))
+        return upper, lower
+
+    first_order_brl(
+        sample, {"w": phi["w"] + 1}, theta, sigma=1.0, outer_steps=1, inner_steps=2, outer_lr=1.0, inner_scale=0.5
+    )
+    # theta: 0, ½, then ¾; theta_sigma from 0 again (from ¾ it would be ¾, 1¼); last the two rollouts
+    assert asked == pytest.approx([0, 0.5, 0, 0.5, 0.75, 0.75])
+
+
 @pytest.mark.slow
 def test_algorithm_3_finds_the_penalised_optimum_of_a_quadratic():
     problem = NoisyQuadratic(0, noise=0.0)

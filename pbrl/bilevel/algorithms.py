@@ -121,7 +121,7 @@ def first_order_brl(
     """
     phi, theta, path, norms = _copy(phi), _copy(theta), [_copy(phi)], []
     for t in range(outer_steps):
-        strength, steps, here = _at(sigma, t), _at(inner_steps, t), phi
+        strength, steps, here, start = _at(sigma, t), _at(inner_steps, t), phi, theta
 
         def value(policy: Params, here: Params = here) -> Tensor:
             return sample(here, policy)[1](here, policy)
@@ -130,8 +130,8 @@ def first_order_brl(
             upper, lower = sample(here, policy)
             return lower(here, policy) + strength * upper(here, policy)
 
-        theta = normalized_ascent(value, theta, steps, inner_scale)
-        theta_sigma = normalized_ascent(penalised, theta, steps, inner_scale)
+        theta = normalized_ascent(value, start, steps, inner_scale)
+        theta_sigma = normalized_ascent(penalised, start, steps, inner_scale)
         upper, lower = sample(phi, theta)
         _, lower_sigma = sample(phi, theta_sigma)
         g = penalty_gradient(upper, _either(theta_sigma, lower_sigma, lower), phi, theta, theta_sigma, strength)

@@ -15,7 +15,19 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
-from pbrl.bilevel.params import Objective, combine, cosine, dot, flatten, gradient, leaves, linearize, norm, unflatten
+from pbrl.bilevel.params import (
+    Objective,
+    check_dtypes,
+    combine,
+    cosine,
+    dot,
+    flatten,
+    gradient,
+    leaves,
+    linearize,
+    norm,
+    unflatten,
+)
 from pbrl.bilevel.surrogates import Curvature
 from pbrl.types import Params
 
@@ -50,7 +62,7 @@ def implicit_gradient(
 
     Args:
         upper, lower: G and V; (phi, theta) -> differentiable scalar, both maximised.
-        phi, theta: parameters by name, of any floating dtype, theta at its optimum; left untouched.
+        phi, theta: parameters by name, float32 or float64, theta at its optimum; left untouched.
         curvature: v -> curvature · v in place of the Hessian-vector product of `lower` (`fisher_product`, say);
             negative semi-definite, with its sign.
         solver: "minres" (any symmetric system) or "cg" (needs ∂²_theta V − damping · I negative definite).
@@ -109,11 +121,15 @@ def solve_curvature(
 
     Returns:
         x shaped like g (zeros if anything was not finite), and the diagnostics of the solve.
+
+    Raises:
+        ValueError: for an argument that cannot be used; g must be float32 or float64.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; expected one of {sorted(SOLVERS)}")
     if damping < 0 or tol <= 0 or max_iter < 1:
         raise ValueError(f"damping {damping}, tol {tol}, max_iter {max_iter}; expected ≥ 0, > 0 and ≥ 1")
+    check_dtypes(g, "g")
     b = -flatten(g)
     if not np.isfinite(b).all():
         return unflatten(np.zeros_like(b), g), Diagnostics(0, float("nan"), False)

@@ -17,14 +17,28 @@ def leaves(params: Params, name: str = "params") -> Params:
     """Detached copies that record gradients, so that the caller's tensors and graphs stay untouched.
 
     Raises:
-        ValueError: if there is no tensor, or one is not of floating point.
+        ValueError: see `check_dtypes`.
+    """
+    check_dtypes(params, name)
+    return {key: value.detach().clone().requires_grad_() for key, value in params.items()}
+
+
+def check_dtypes(params: Params, name: str) -> None:
+    """Refuse what second derivatives cannot be taken in.
+
+    Half precision is refused: rounded to it, a product with the curvature and its residual agree with each other but
+    not with the truth, and a hypergradient that is 18 % off calls itself converged.
+
+    Raises:
+        ValueError: if there is no tensor, or one is neither float32 nor float64.
     """
     if not params:
         raise ValueError(f"{name} is empty; expected a dict of tensors, e.g. dict(module.named_parameters())")
     for key, value in params.items():
-        if not value.is_floating_point():
-            raise ValueError(f"{name}[{key!r}] has dtype {value.dtype}; expected a floating point tensor")
-    return {key: value.detach().clone().requires_grad_() for key, value in params.items()}
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name}[{key!r}] has dtype {value.dtype}; expected float32 or float64: pass value.float()"
+            )
 
 
 def gradient(value: Tensor, params: Params, *, keep_graph: bool = False, name: str = "the objective") -> Params:
