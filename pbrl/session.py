@@ -99,8 +99,8 @@ class AgentSession:
             raise ValueError(f"a branch of {horizon} steps terminated early; branches need episodes that do not")
         return first
 
-    def transitions(self, count: int) -> dict[str, Tensor]:
-        batch = self.agent.replay_buffer.draw(count, self.rng)
+    def transitions(self, count: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
+        batch = self.agent.replay_buffer.draw(count, self.rng if rng is None else rng)
         return {"obs": batch.obs, "actions": batch.actions, "next_obs": batch.next_obs, "not_done": batch.not_done}
 
     def moments(self) -> tuple[Moments, Moments]:

@@ -227,6 +227,9 @@ class PolicyView(Protocol):
     def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
         """Both critics' values, float32 [2, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
 
+    def critic_features(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """What the critics' last layers are linear in, their bias included: float32 [2, B, D], without gradients."""
+
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         """Target critics' soft value of next_obs, float32 [B]; noise: standard normal [B, act_dim]."""
 
@@ -271,8 +274,9 @@ class Session(Protocol):
     def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
         """The same from given simulator states, float64 [K, S] (`Preferences.states`): [K * branches, horizon, ...]."""
 
-    def transitions(self, count: int) -> Mapping[str, Tensor]:
-        """`count` random replay rows: obs, actions, next_obs, not_done (float32 [count, ...])."""
+    def transitions(self, count: int, rng: np.random.Generator | None = None) -> Mapping[str, Tensor]:
+        """`count` random replay rows, drawn by `rng` (None: the updater's own): obs, actions, next_obs, not_done
+        (float32 [count, ...])."""
 
     def moments(self) -> tuple[Moments, Moments]:
         """Mean and standard deviation of all observations in the replay, and of all actions: float64 [·] each."""

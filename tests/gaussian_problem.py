@@ -70,14 +70,18 @@ class GaussianPolicy:
 
 
 class GaussianSession:
-    """A `Session` of that policy: `episodes` episodes, whose consecutive pairs the teacher has compared."""
+    """A `Session` of that policy: `episodes` episodes, of the first of which the teacher has compared consecutive pairs.
+
+    Args:
+        pairs: how many; by default every episode is in one.
+    """
 
     env_step = 0
 
-    def __init__(self, seed: int, episodes: int = 64) -> None:
+    def __init__(self, seed: int, episodes: int = 64, pairs: int | None = None) -> None:
         self.rng, self.policy = np.random.default_rng(seed), GaussianPolicy()
         self.episodes = self._roll(self.policy.theta, episodes)
-        self.new_pairs = self.fresh_pairs = episodes // 2
+        self.new_pairs = self.fresh_pairs = episodes // 2 if pairs is None else pairs
         self.rolled = 0
 
     def _roll(self, theta: dict[str, Tensor], count: int) -> Segments:
@@ -86,7 +90,7 @@ class GaussianSession:
         return Segments(obs, raw[..., None], raw[..., None])
 
     def preferences(self) -> Preferences:
-        first, second = self.episodes[0::2], self.episodes[1::2]
+        first, second = (self.episodes[side : 2 * self.fresh_pairs : 2] for side in (0, 1))
         labels = torch.sigmoid(task_return(first) - task_return(second))
         size = len(labels)
         query = Query(first, second, torch.zeros(size, 2, STEPS), states=torch.zeros(size, 2, 1, dtype=torch.float64))

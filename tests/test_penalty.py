@@ -88,7 +88,7 @@ def test_the_second_actor_finds_the_penalised_optimum_and_the_hypergradient_with
         return [cut(session.fresh()[:4], STEPS)] * 2
 
     updater._roll = keep
-    updater._estimate(reward, session.preferences(), session)
+    updater.second_term(reward, session.preferences(), session)
 
     def value_gradient(theta):
         mean, variance = theta["mean"], (2 * theta["log_std"]).exp()
@@ -183,7 +183,7 @@ def test_the_halves_are_estimated_from_different_labels():
         return roll(policies, half, session)
 
     updater._roll = keep
-    updater._estimate(reward, session.preferences(), session)
+    updater.second_term(reward, session.preferences(), session)
     moves = [combine(found[half], session.policy.theta, -1.0) for half in (0, 1)]
     assert abs(cosine(*moves)) < 0.999
 

@@ -79,6 +79,19 @@ class AgentView:
         return functional_call(self._critics, _prefixed("critic", critic), (obs, actions))
 
     @torch.no_grad()
+    def critic_features(self, obs: Tensor, actions: Tensor) -> Tensor:
+        heads = [[m for m in q.modules() if isinstance(m, nn.Linear)][-1] for q in self._agent.critic.q_networks]
+        found: list[Tensor] = []
+        hooks = [head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for head in heads]
+        try:
+            self._agent.critic(obs, actions)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features = torch.stack(found)
+        return torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+
+    @torch.no_grad()
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = self._distribution(next_obs)
         actions, log_prob = squash(mean, log_std, noise)

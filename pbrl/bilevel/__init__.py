@@ -5,6 +5,7 @@ build an updater of your own, make the two objectives with `preference_surrogate
 rollouts, then call `implicit_gradient` or `penalty_gradient`. Sources and errata: the module docstrings.
 """
 
+from pbrl.bilevel.adjoint import adjoint_weights, linear_values, projected, upper_traces
 from pbrl.bilevel.algorithms import Outcome, a_parl, first_order_bilevel, first_order_brl, fitted_q
 from pbrl.bilevel.implicit import (
     Diagnostics,
@@ -36,6 +37,7 @@ __all__ = [
     "Outcome",
     "Params",
     "a_parl",
+    "adjoint_weights",
     "combine",
     "cosine",
     "covariance_term",
@@ -49,6 +51,7 @@ __all__ = [
     "hessian_product",
     "implicit_gradient",
     "leaves",
+    "linear_values",
     "mean_eigenvalue",
     "mixed_term",
     "norm",
@@ -56,8 +59,10 @@ __all__ = [
     "paper_curvature",
     "penalty_gradient",
     "preference_surrogate",
+    "projected",
     "solve_curvature",
     "traces",
+    "upper_traces",
     "value_surrogate",
     "win_rate_term",
 ]

@@ -138,6 +138,8 @@ def _rename_moved(node: Any) -> None:
         elif key == "_target_" and isinstance(value, str):
             module, _, name = value.rpartition(".")
             node[key] = f"{MOVED.get(module, module)}.{name}"
+    if isinstance(node, dict) and node.get("_target_") == "pbrl.second_term.gate.Gate" and "consecutive" in node:
+        del node["threshold"], node["consecutive"]  # before 0.2 it counted agreements; its test has defaults
 
 
 def _move_pay(agent: dict[str, Any], reward: dict[str, Any]) -> None:

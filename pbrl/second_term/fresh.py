@@ -1,9 +1,14 @@
-"""On-policy rollouts and this session's labelled pairs as padded batches, divided so that no step is used twice.
+"""On-policy rollouts and this session's labelled pairs, divided so that the gate's two estimates share nothing.
 
-Reusing rollouts for both factors of the implicit term manufactures a reproducible false term. What must not be shared
-are the *scores* ∇lp of single steps, so the fresh steps are divided into four parts: the halves of the gate's two
-estimates are {0, 1} and {2, 3}, and within a half each part's scores meet only its partner's rewards. A labelled pair
-may lie in several parts: each of its steps brings its score to the part it lies in, so no label is lost.
+Reusing rollouts for both factors of the implicit term manufactures a reproducible false term, and a label that enters
+both halves makes them agree, or disagree, for no reason. So every pair belongs to one half with all of its steps, its
+label and its centring. The steps of no pair are cut into pieces, dealt to four parts: 0 and 1 are the first half's,
+2 and 3 the second's. A part's rewards and traces meet only what was computed from its half's pairs and its partner.
+
+    half 0: pairs ─► ∂_theta G ─► x (curvature of part 1) ─► traces and rewards of part 0, and the same with 0 and 1
+            exchanged; half 1: the same with parts 2 and 3
+
+What stays: pieces of one episode follow each other, so they share the states where they meet.
 """
 
 from __future__ import annotations
@@ -20,8 +25,8 @@ from pbrl.types import Segments
 if TYPE_CHECKING:
     from pbrl.preferences import Preferences
 
-PARTS = 4  # parts k and k ^ 1 are partners; k // 2 is the half
-HALVES = ([0, 1], [2, 3])
+PARTS = 4  # of the pieces: k and k ^ 1 are partners, k // 2 is the half
+LABELLED_SHARE = 0.5  # of the fresh steps at most that lend their scores; the rest are the rollouts these meet
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Trajectories:
     def __getitem__(self, index: slice) -> Trajectories:
         return Trajectories(self.obs[index], self.actions[index], self.raw_actions[index], self.mask[index])
 
-    def parts(self, chosen: list[int]) -> Trajectories:
-        """The pieces of these parts."""
-        index = torch.isin(torch.arange(len(self)) % PARTS, torch.tensor(chosen))
+    def half(self, half: int) -> Trajectories:
+        """The pieces of the parts 2 half and 2 half + 1."""
+        index = torch.arange(len(self)) % PARTS // 2 == half
         return Trajectories(self.obs[index], self.actions[index], self.raw_actions[index], self.mask[index])
 
     def to(self, device: torch.device) -> Trajectories:
@@ -54,10 +59,27 @@ class Labelled:
 
     segments: Segments  # [2, N, H, ...] flattened to [2N, H, ...]: all first ones, then all second ones
     prefers_first: Tensor  # float32 [N]
-    part: Tensor  # int64 [2N, H]: the part each step belongs to
+    half: Tensor  # int64 [N]: the half that the pair belongs to
 
     def __len__(self) -> int:
         return len(self.prefers_first)
+
+    def sizes(self) -> list[int]:
+        """Pairs in each half."""
+        return [int((self.half == half).sum()) for half in (0, 1)]
+
+
+@dataclass(frozen=True)
+class Division:
+    """This session's fresh data, divided. Pairs that would join both halves are in neither."""
+
+    pairs: Labelled
+    chosen: Tensor  # int64 [N]: which of this session's fresh pairs they are
+    pieces: Trajectories  # the steps in none of these pairs
+
+    def enough(self, pieces: bool = True) -> bool:
+        """Whether both halves have a pair, and (if `pieces` are needed) every part two pieces."""
+        return min(self.pairs.sizes()) >= 1 and (len(self.pieces) >= 2 * PARTS or not pieces)
 
 
 def cut(episodes: list[Segments], horizon: int) -> Trajectories:
@@ -68,39 +90,46 @@ def cut(episodes: list[Segments], horizon: int) -> Trajectories:
     Raises:
         ValueError: without episodes, or if they hold no raw actions.
     """
-    if not episodes or any(episode.raw_actions is None for episode in episodes):
-        raise ValueError(f"{len(episodes)} fresh episodes; expected at least one, all with raw actions")
-    start, stop = _pieces(episodes, horizon)
-    index = start[:, None] + np.arange(min(horizon, int((stop - start).max())))
-    mask = torch.from_numpy(index < stop[:, None])
-    rows = torch.from_numpy(np.minimum(index, stop[:, None] - 1))
-    obs, actions, raw_actions = (
-        torch.cat([getattr(episode, name)[0] for episode in episodes])[rows]
-        for name in ("obs", "actions", "raw_actions")
-    )
-    return Trajectories(obs, actions, raw_actions, mask)
+    return _cut(episodes, horizon, np.full(sum(episode.horizon for episode in episodes), -1))
 
 
-def labelled(preferences: Preferences, count: int, episodes: list[Segments], horizon: int) -> Labelled:
-    """The last `count` pairs (this session's), their steps divided as `cut` divides the episodes.
+def divide(
+    preferences: Preferences,
+    count: int,
+    episodes: list[Segments],
+    horizon: int,
+    labelled_share: float = LABELLED_SHARE,
+) -> Division:
+    """The last `count` pairs (this session's) dealt to two halves, and the other steps of `episodes` cut into pieces.
 
-    Segments that are not in `episodes` (branches) are dealt out to the parts pair by pair.
+    Pair by pair, each goes to the half whose steps it shares, to the smaller half if it shares none, and to neither if
+    it touches both. Segments that are not in `episodes` (branches) touch nothing. Once the pairs hold `labelled_share`
+    of the steps, the steps of further ones serve as rollouts, and their labels are not used.
 
     Raises:
-        ValueError: if the preferences hold no raw actions (imported ones, say).
+        ValueError: if there is nothing to divide, or without raw actions (imported answers, say).
     """
     latest = slice(len(preferences) - count, None)
     first, second = preferences.first[latest], preferences.second[latest]
     if first.raw_actions is None:
         raise ValueError("the preferences hold no raw actions, so the policy's scores are unknown")
     segments = Segments.cat([first, second])
-    starts, _ = _pieces(episodes, horizon)
-    begin = _locate(episodes, segments)
-    row = begin[:, None] + np.arange(segments.horizon)
-    piece = np.searchsorted(starts, row, side="right") - 1
-    dealt = np.tile(np.arange(count), 2)[:, None]
-    part = np.where(begin[:, None] >= 0, piece, dealt) % PARTS
-    return Labelled(segments, preferences.prefers_first[latest], torch.from_numpy(part))
+    begin = _locate(episodes, segments).reshape(2, count)
+    owner = np.full(sum(episode.horizon for episode in episodes), -1)  # half of the pairs that a step lies in
+    half, sizes = np.full(count, -1), [0, 0]
+    for i in range(count):
+        rows = (begin[begin[:, i] >= 0, i][:, None] + np.arange(segments.horizon)).ravel()
+        touched = set(owner[rows]) - {-1}
+        grown = (owner >= 0).sum() + (owner[np.unique(rows)] < 0).sum()
+        if len(touched) == 2 or grown > labelled_share * len(owner):
+            continue
+        half[i] = touched.pop() if touched else int(sizes[1] < sizes[0])
+        sizes[half[i]] += 1
+        owner[rows] = half[i]
+    chosen = torch.from_numpy(np.flatnonzero(half >= 0))
+    kept = Segments.cat([first[chosen], second[chosen]])
+    pairs = Labelled(kept, preferences.prefers_first[latest][chosen], torch.from_numpy(half)[chosen])
+    return Division(pairs, chosen, _cut(episodes, horizon, owner))
 
 
 def check_share(earlier_share: float | None) -> None:
@@ -123,12 +152,27 @@ def training_rows(size: int, new: int, earlier_share: float | None, rng: np.rand
     return np.concatenate([np.sort(rng.choice(old, count, replace=False)), np.arange(old, size)])
 
 
-def _pieces(episodes: list[Segments], horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """First row and end of each piece, in the episodes' rows laid end to end: int64 [B] each, ascending."""
-    ends = np.cumsum([episode.horizon for episode in episodes])
-    starts = [np.arange(end - episode.horizon, end, horizon) for episode, end in zip(episodes, ends, strict=True)]
-    stops = [np.minimum(start + horizon, end) for start, end in zip(starts, ends, strict=True)]
-    return np.concatenate(starts), np.concatenate(stops)
+def _cut(episodes: list[Segments], horizon: int, owner: np.ndarray) -> Trajectories:
+    """Pieces of at most `horizon` steps of the runs of steps with owner −1, in order."""
+    if not episodes or any(episode.raw_actions is None for episode in episodes):
+        raise ValueError(f"{len(episodes)} fresh episodes; expected at least one, all with raw actions")
+    starts, stops, end = [], [], 0
+    for episode in episodes:
+        end += episode.horizon
+        free = np.flatnonzero(owner[end - episode.horizon : end] < 0) + end - episode.horizon
+        for run in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
+            if len(run):
+                starts.append(np.arange(run[0], run[-1] + 1, horizon))
+                stops.append(np.minimum(starts[-1] + horizon, run[-1] + 1))
+    start, stop = (np.concatenate(found) if found else np.zeros(0, np.int64) for found in (starts, stops))
+    index = start[:, None] + np.arange(min(horizon, int((stop - start).max(initial=1))))
+    mask = torch.from_numpy(index < stop[:, None])
+    rows = torch.from_numpy(np.minimum(index, stop[:, None] - 1))
+    obs, actions, raw_actions = (
+        torch.cat([getattr(episode, name)[0] for episode in episodes])[rows]
+        for name in ("obs", "actions", "raw_actions")
+    )
+    return Trajectories(obs, actions, raw_actions, mask)
 
 
 def _locate(episodes: list[Segments], segments: Segments) -> np.ndarray:

@@ -8,30 +8,44 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Gate:
-    """Open while the split-half cosine exceeded `threshold` in each of the last `consecutive` updates.
+    """Opens on evidence that the two halves agree by more than chance; a sequential test with an error budget.
+
+    The null hypothesis is that the halves' cosine c has expectation 0 or less at every update, given the past: what
+    independent noise gives whose direction is not known beforehand. The evidence is the wealth of a bet against it,
+
+        E ← min(E (1 + stake · c), 1 / error),   E = 1 at the start,   open while E = 1 / error.
+
+    Under the null E is a supermartingale, so it reaches 1 / error in a run of whatever length with probability `error`
+    at most (Ville's inequality; betting: Waudby-Smith and Ramdas, JRSS B 2024). The cap costs no validity, and lets
+    one disagreement close the gate.
 
     Args:
-        threshold: cosine in [−1, 1) between the two estimates that must be exceeded.
-        consecutive: updates in a row, ≥ 1; one disagreement closes the gate and starts the count anew.
+        error: probability in (0, 1) of ever opening on noise, however many updates a run has.
+        stake: share in (0, 1) of the evidence that is bet on each update's cosine. More opens sooner on strong
+            agreement; the losses on noise grow with its square. 0.8 is near the best for cosines of 0.3 and of 0.6.
 
     Raises:
         ValueError: for a number out of range.
     """
 
-    threshold: float = 0.3
-    consecutive: int = 3
-    streak: int = field(default=0, init=False)  # agreeing updates in a row so far
+    error: float = 0.05
+    stake: float = 0.8
+    evidence: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        if not -1 <= self.threshold < 1:
-            raise ValueError(f"gate.threshold={self.threshold}; expected a cosine in [-1, 1)")
-        if self.consecutive < 1:
-            raise ValueError(f"gate.consecutive={self.consecutive}; expected at least 1 update")
+        for name in ("error", "stake"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"gate.{name}={getattr(self, name)}; expected a number between 0 and 1")
 
     def observe(self, cosine: float) -> bool:
-        """Take in this update's split-half cosine (nan: there was no estimate); whether the gate is open now."""
-        self.streak = self.streak + 1 if math.isfinite(cosine) and cosine > self.threshold else 0
-        return self.streak >= self.consecutive
+        """Take in this update's split-half cosine; whether the gate is open now.
+
+        nan (there was no estimate) leaves the evidence as it is, and the gate closed for this update.
+        """
+        if not math.isfinite(cosine):
+            return False
+        self.evidence = min(self.evidence * (1 + self.stake * cosine), 1 / self.error)
+        return self.evidence >= 1 / self.error
 
 
 def as_gate(value: Gate | str | bool | None) -> Gate | None:
@@ -44,7 +58,7 @@ def as_gate(value: Gate | str | bool | None) -> Gate | None:
         return value
     if value in ("off", False):
         return None
-    raise ValueError(f"updater.gate={value!r}; expected off, or threshold and consecutive of second_term.gate.Gate")
+    raise ValueError(f"updater.gate={value!r}; expected off, or error and stake of second_term.gate.Gate")
 
 
 def as_limit(value: float | str) -> float:

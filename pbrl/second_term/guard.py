@@ -33,6 +33,13 @@ class WeightedRows:
     weights: Tensor  # float32 [2, R]
 
     @staticmethod
+    def of_half(obs: Tensor, actions: Tensor, weights: Tensor, half: int) -> WeightedRows:
+        """One half's estimate, with weights float [R]."""
+        both = torch.zeros(2, len(weights), device=weights.device)
+        both[half] = weights.float()
+        return WeightedRows(obs, actions, both)
+
+    @staticmethod
     def cat(parts: list[WeightedRows]) -> WeightedRows:
         """The sum of several terms."""
         return WeightedRows(
@@ -41,24 +48,42 @@ class WeightedRows:
             torch.cat([part.weights for part in parts], dim=1),
         )
 
-    def gradient(self, reward: RewardEnsemble, member: int, weights: Tensor) -> Params:
-        """Σ_i weights_i ∂ r_member(s_i, a_i) in the member's parameters; weights float32 [R]."""
+    def gradient(self, reward: RewardEnsemble, group: Group, weights: Tensor) -> Params:
+        """Σ_i weights_i ∂ r(s_i, a_i) in the group's parameters, r summed over its members; weights float32 [R]."""
         used = torch.nonzero(weights)[:, 0]
-        parameters = dict(reward.members[member].named_parameters())
         if len(used) == 0:
-            return {name: torch.zeros_like(value) for name, value in parameters.items()}
+            return {name: torch.zeros_like(value) for name, value in group.parameters.items()}
         with torch.enable_grad():
-            rewards = reward.member(member, self.obs[used], self.actions[used])
-            found = torch.autograd.grad((weights[used] * rewards).sum(), list(parameters.values()))
-        return dict(zip(parameters, found, strict=True))
+            rewards = [reward.member(m, self.obs[used], self.actions[used]) for m in group.members]
+            value = (weights[used] * torch.stack(rewards).sum(0)).sum()
+            found = torch.autograd.grad(value, list(group.parameters.values()), materialize_grads=True)
+        return dict(zip(group.parameters, found, strict=True))
 
     def gradients(self, reward: RewardEnsemble, weights: Tensor) -> Params:
-        """The same in all members' parameters."""
+        """The same in all parameters that are fitted to answers."""
         return {
-            f"{m}.{name}": value
-            for m in range(len(reward.members))
-            for name, value in self.gradient(reward, m, weights).items()
+            name: value for group in groups(reward) for name, value in self.gradient(reward, group, weights).items()
         }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members of an ensemble that are clipped together, and the parameters they have."""
+
+    members: list[int]
+    parameters: Params  # by their names in the ensemble
+
+
+def groups(reward: RewardEnsemble) -> list[Group]:
+    """Each member alone; all in one where they share parameters (REED's encoder), which then get their share too."""
+    fitted = {id(value) for settings in reward.optimizer.param_groups for value in settings["params"]}
+    named: Params = {name: value for name, value in reward.named_parameters() if id(value) in fitted}
+    everyone = list(range(len(reward.members)))
+    if any(not name.startswith("members.") for name in named):
+        return [Group(everyone, named)]
+    return [
+        Group([m], {name: value for name, value in named.items() if name.startswith(f"members.{m}.")}) for m in everyone
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,40 +102,36 @@ class SecondTerm:
         rows: the term, in the direction in which the upper objective grows.
         expected: its gradient at the phi of the first call, to be measured against Term 1.
         admitted: add it; otherwise only measure.
-        clip: at most this multiple of the norm of Term 1's gradient, for each member at each step; inf for no limit.
+        clip: at most this multiple of the norm of Term 1's gradient, for each of `groups` at each step; inf: no limit.
     """
 
     def __init__(
         self, reward: RewardEnsemble, rows: WeightedRows, expected: Params, admitted: bool, clip: float
     ) -> None:
         self.reward, self.rows, self.expected, self.admitted, self.clip = reward, rows, expected, admitted, clip
-        self.weights = rows.weights.mean(0)
+        self.weights, self.groups = rows.weights.mean(0), groups(reward)
         self.steps, self.refused, self.shrunk = 0, 0, 0.0
         self.norm_first = self.cosine_first = float("nan")
 
     def __call__(self) -> None:
         if self.steps == 0:
-            ascent = {
-                f"{m}.{name}": -_grad(parameter)
-                for m, member in enumerate(self.reward.members)
-                for name, parameter in member.named_parameters()
-            }
+            ascent = {name: -_grad(value) for group in self.groups for name, value in group.parameters.items()}
             self.norm_first, self.cosine_first = norm(ascent), cosine(ascent, self.expected)
         self.steps += 1
         if self.admitted:
-            for m in range(len(self.reward.members)):
-                self._add(m)
+            for group in self.groups:
+                self._add(group)
 
-    def _add(self, member: int) -> None:
-        parameters = dict(self.reward.members[member].named_parameters())
-        term = self.rows.gradient(self.reward, member, self.weights)
+    def _add(self, group: Group) -> None:
+        parameters = group.parameters
+        term = self.rows.gradient(self.reward, group, self.weights)
         length = norm(term)
         if not math.isfinite(length):
             self.refused += 1
             return
         limit = self.clip * norm({k: _grad(p) for k, p in parameters.items()}) if math.isfinite(self.clip) else length
         factor = 1.0 if length <= limit else limit / length
-        self.shrunk += factor / len(self.reward.members)
+        self.shrunk += factor / len(self.groups)
         for name, parameter in parameters.items():
             parameter.grad = _grad(parameter) - factor * term[name]  # the optimiser descends
 
@@ -143,6 +164,7 @@ class Safeguard:
         self.opened += opened
         self.fallbacks += not usable
         metrics = {"term2_norm": size, "split_cosine": split, "gate_open": float(opened), "usable": float(usable)}
+        metrics |= {} if self.gate is None else {"evidence": self.gate.evidence}
         metrics |= estimate.metrics | self.totals()
         if rows is None or whole is None:
             return None, metrics
@@ -194,14 +216,14 @@ class Safeguard:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for an exact resume."""
-        streak = 0 if self.gate is None else self.gate.streak
-        return {"updates": self.updates, "opened": self.opened, "fallbacks": self.fallbacks, "streak": streak}
+        evidence = 1.0 if self.gate is None else self.gate.evidence
+        return {"updates": self.updates, "opened": self.opened, "fallbacks": self.fallbacks, "evidence": evidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.updates, self.opened, self.fallbacks = state["updates"], state["opened"], state["fallbacks"]
         if self.gate is not None:
-            self.gate.streak = state["streak"]
+            self.gate.evidence = state.get("evidence", 1.0)  # absent where the gate still counted agreements
 
 
 def _grad(parameter: Tensor) -> Tensor:

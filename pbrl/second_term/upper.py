@@ -7,6 +7,7 @@ utility      G + E[U_phi(τ)] + Z(phi), both optional, beside either of them    
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,38 +38,38 @@ def check_upper(upper: str) -> None:
 
 @dataclass(frozen=True)
 class ScoreRows:
-    """∂_theta G as weights of single steps' scores; each part alone gives an estimate of all of it."""
+    """∂_theta G as weights of single steps' scores, once for each part: all of it, from data that the part may meet."""
 
     obs: Tensor  # float32 [R, obs_dim]
     raw_actions: Tensor  # float32 [R, act_dim]
-    weights: Tensor  # float32 [R]
-    part: Tensor  # int64 [R]
+    weights: Tensor  # float32 [PARTS, R]
 
-    def ascent(self, policy: PolicyView, theta: Params, parts: list[int]) -> Tensor:
-        """A scalar whose theta-gradient is the estimate of ∂_theta G by these parts, with a graph to theta."""
-        chosen = torch.isin(self.part, torch.tensor(parts, device=self.part.device))
-        log_prob = policy.log_prob(theta, self.obs[chosen], self.raw_actions[chosen])
-        return (self.weights[chosen] * log_prob).sum() / len(parts)
+    def ascent(self, policy: PolicyView, theta: Params, weights: Tensor) -> Tensor:
+        """A scalar whose theta-gradient is Σ_i weights_i ∇_theta log π_theta(a_i | s_i); weights float32 [R]."""
+        used = torch.nonzero(weights)[:, 0]
+        return (weights[used] * policy.log_prob(theta, self.obs[used], self.raw_actions[used])).sum()
+
+    def half(self, half: int) -> Tensor:
+        """Weights of one half's estimate, the mean of its two parts': float32 [R]."""
+        return self.weights[2 * half : 2 * half + 2].mean(0)
 
     def gradients(self, policy: PolicyView, theta: Params) -> list[Params]:
-        """∂_theta G by each part."""
+        """∂_theta G for each part."""
         free = leaves(theta)
         with torch.enable_grad():
-            return [gradient(self.ascent(policy, free, [k]), free) for k in range(PARTS)]
+            return [gradient(self.ascent(policy, free, weights), free) for weights in self.weights]
 
     def to(self, device: torch.device) -> ScoreRows:
-        return ScoreRows(*(t.to(device) for t in (self.obs, self.raw_actions, self.weights, self.part)))
-
-    @property
-    def complete(self) -> bool:
-        """Whether every part has steps; without, there are no disjoint estimates."""
-        return len(self.part.unique()) == PARTS
+        return ScoreRows(*(t.to(device) for t in (self.obs, self.raw_actions, self.weights)))
 
     @staticmethod
     def cat(parts: list[ScoreRows]) -> ScoreRows:
         """The sum of several objectives."""
-        names = ("obs", "raw_actions", "weights", "part")
-        return ScoreRows(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return ScoreRows(
+            torch.cat([part.obs for part in parts]),
+            torch.cat([part.raw_actions for part in parts]),
+            torch.cat([part.weights for part in parts], dim=1),
+        )
 
 
 def preference_values(reward: RewardEnsemble, labelled: Labelled) -> Tensor:
@@ -81,33 +82,43 @@ def preference_values(reward: RewardEnsemble, labelled: Labelled) -> Tensor:
 def pair_scores(upper: str, reward: RewardEnsemble, labelled: Labelled) -> ScoreRows:
     """The score function of `preference` (f, for both segments) or `win_rate` (y for the first, 1 − y for the second).
 
-    Values are centred over the pairs, with N/(N − 1) for the mean's own share: N ≥ 2.
+    Each half is centred by itself: f by the mean of the half's other pairs (by −ln 2, which it has where nothing is
+    known, if there are none), y by ½. Unbiased for any number of pairs.
     """
-    size = len(labelled)
-    if upper == "preference":
-        value = preference_values(reward, labelled).repeat(2) * 2  # G's pair is two draws of the policy
-    else:
-        value = torch.cat([labelled.prefers_first, 1 - labelled.prefers_first])
-    value = (value - value.mean()) * (size / (size - 1)) / (2 * size)
-    segments, part = labelled.segments, labelled.part
+    values = preference_values(reward, labelled).cpu() if upper == "preference" else labelled.prefers_first
+    weights = torch.zeros(PARTS, 2, len(labelled))
+    for half, size in enumerate(labelled.sizes()):
+        own = labelled.half == half
+        if upper == "preference":
+            weight = centred(values[own], -math.log(2)) / max(size, 1)
+            sides = torch.stack([weight, weight])
+        else:
+            weight = (values[own] - 0.5) / (2 * max(size, 1))
+            sides = torch.stack([weight, -weight])
+        for part in (2 * half, 2 * half + 1):
+            weights[part][:, own] = sides
+    segments = labelled.segments
     assert segments.raw_actions is not None
-    return _rows(segments.obs, segments.raw_actions, value[:, None].expand(part.shape), part)
+    rows = weights.flatten(1).repeat_interleave(segments.horizon, dim=1)
+    return ScoreRows(segments.obs.flatten(0, 1), segments.raw_actions.flatten(0, 1), rows)
+
+
+def centred(values: Tensor, alone: float) -> Tensor:
+    """Each value less the mean of the others, or less `alone` if it is the only one: float [N]."""
+    size = len(values)
+    return values - alone if size < 2 else (values - values.mean()) * (size / (size - 1))
 
 
 def utility_scores(utility: Utility, reward: RewardEnsemble, trajectories: Trajectories) -> ScoreRows:
-    """The score function of E[U_phi(τ)] over fresh trajectories: needs no labels."""
-    size, horizon = trajectories.mask.shape
+    """The score function of E[U_phi(τ)] over fresh trajectories, for each part by its partner's: needs no labels."""
     with torch.no_grad():
         value = utility(trajectories.to(reward.device), mean_rewards(reward, trajectories)).cpu()
-    value = (value - value.mean()) * (size / max(size - 1, 1)) / size
-    part = (torch.arange(size) % PARTS)[:, None].expand(size, horizon)
+    weights = torch.zeros(PARTS, *trajectories.mask.shape)
+    for part in range(PARTS):
+        partner = slice(part ^ 1, None, PARTS)
+        weights[part, partner] = (centred(value[partner], 0.0) / len(value[partner]))[:, None]
     mask = trajectories.mask
-    return _rows(
-        trajectories.obs[mask][None],
-        trajectories.raw_actions[mask][None],
-        value[:, None].expand(size, horizon)[mask][None],
-        part[mask][None],
-    )
+    return ScoreRows(trajectories.obs[mask], trajectories.raw_actions[mask], weights[:, mask])
 
 
 def mean_rewards(reward: RewardEnsemble, trajectories: Trajectories) -> Tensor:
@@ -143,9 +154,3 @@ def direct(
             (-value).backward()
 
     return add
-
-
-def _rows(obs: Tensor, raw_actions: Tensor, weights: Tensor, part: Tensor) -> ScoreRows:
-    """Flat rows; each part's weights are enlarged by the inverse of its share of the steps."""
-    share = torch.bincount(part.flatten(), minlength=PARTS).to(weights) / part.numel()
-    return ScoreRows(obs.flatten(0, 1), raw_actions.flatten(0, 1), (weights / share[part]).flatten(), part.flatten())

@@ -11,27 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from pbrl.fitting import Fitting
 from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
-from pbrl.second_term.fresh import Labelled, Trajectories, check_share, cut, labelled, training_rows
+from pbrl.second_term.estimators import check_estimator, estimate
+from pbrl.second_term.fresh import check_share, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
-from pbrl.second_term.guard import Estimate, Safeguard, WeightedRows
-from pbrl.second_term.implicit import Implicit, covariance_term, implicit_term, win_rate_term
-from pbrl.second_term.upper import (
-    Regulariser,
-    ScoreRows,
-    Utility,
-    check_upper,
-    direct,
-    mean_rewards,
-    pair_scores,
-    preference_values,
-    utility_scores,
-)
+from pbrl.second_term.guard import Estimate, Safeguard
+from pbrl.second_term.implicit import Implicit
+from pbrl.second_term.upper import Regulariser, Utility, check_upper, direct
 from pbrl.types import Session
 
 
@@ -78,6 +67,7 @@ class APARL(Updater):
         self.fit = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink)
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.implicit = Implicit() if implicit is None else implicit
+        check_estimator(self.implicit, upper, utility)
         self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
@@ -86,59 +76,15 @@ class APARL(Updater):
         off = self.implicit.estimator == "off"
         metrics, found = self.safeguard.train(
             reward,
-            None if off else self._estimate(reward, preferences, session),
+            None if off else self.second_term(reward, preferences, session),
             direct(self.utility, self.regulariser, reward, session.fresh(), self.implicit.horizon),
             lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
         return metrics | {f"aparl/{name}": value for name, value in found.items()}
 
-    # ------------------------------------------------------------------------------------------------ Term 2
-
-    def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
-        """Term 2 of the upper objective, without touching `session.rng` (except for branches)."""
-        episodes = session.fresh()
-        if session.fresh_pairs < 2 or not episodes:
-            return Estimate(None)
-        trajectories = cut(episodes, self.implicit.horizon)
-        pairs = labelled(preferences, session.fresh_pairs, episodes, self.implicit.horizon)
-        scores: list[ScoreRows] = []
-        closed: Estimate | None = None
-        if self.upper == "win_rate":
-            closed = win_rate_term(pairs, session.policy.alpha)
-        elif self.implicit.estimator == "covariance":
-            closed = self._covariance(reward, preferences, pairs, session)
-        else:
-            scores.append(pair_scores(self.upper, reward, pairs))
-        if self.utility is not None:
-            scores.append(utility_scores(self.utility, reward, trajectories))
-        solved = self._solve(reward, scores, trajectories, session) if scores else None
-        return _sum(closed, solved, reward.device)
-
-    def _solve(
-        self, reward: RewardEnsemble, scores: list[ScoreRows], trajectories: Trajectories, session: Session
-    ) -> Estimate:
-        together = ScoreRows.cat(scores).to(reward.device)
-        if not all(part.complete for part in scores):
-            return Estimate(None)
-        with torch.no_grad():
-            rewards = mean_rewards(reward, trajectories)
-        return implicit_term(
-            self.implicit,
-            session.policy,
-            trajectories.to(reward.device),
-            rewards,
-            together.gradients(session.policy, session.policy.parameters()),
-            torch.Generator().manual_seed(session.env_step),  # not session.rng: a closed gate leaves PEBBLE's shuffles
-        )
-
-    def _covariance(
-        self, reward: RewardEnsemble, preferences: Preferences, pairs: Labelled, session: Session
-    ) -> Estimate:
-        if preferences.states is None:
-            raise ValueError("implicit.estimator=covariance continues segments; this environment stores no states")
-        starts = preferences.states[-len(pairs) :].transpose(0, 1).flatten(0, 1)  # all first, then all second ones
-        continued = session.branches_from(starts, self.implicit.branches, pairs.segments.horizon)
-        return covariance_term(preference_values(reward, pairs), pairs.segments, continued, session.policy.alpha)
+    def second_term(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
+        """This session's estimate of Term 2, before it is judged."""
+        return estimate(self.implicit, self.upper, self.utility, reward, preferences, session)
 
     # ------------------------------------------------------------------------------------------------ exact resume
 
@@ -147,14 +93,3 @@ class APARL(Updater):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.safeguard.load_state_dict(state)
-
-
-def _sum(closed: Estimate | None, solved: Estimate | None, device: torch.device) -> Estimate:
-    """Both terms together, on the device; none if one that was asked for is missing."""
-    parts = [part for part in (closed, solved) if part is not None]
-    rows = [part.rows for part in parts if part.rows is not None]
-    metrics = {key: value for part in parts for key, value in part.metrics.items()}
-    if len(rows) < len(parts):
-        return Estimate(None, metrics=metrics)
-    moved = [WeightedRows(r.obs.to(device), r.actions.to(device), r.weights.to(device)) for r in rows]
-    return Estimate(WeightedRows.cat(moved), all(part.converged for part in parts), metrics)

@@ -15,7 +15,7 @@ from pbrl.fitting import Fitting
 from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
-from pbrl.second_term.fresh import HALVES, PARTS, Trajectories, check_share, cut, labelled, training_rows
+from pbrl.second_term.fresh import LABELLED_SHARE, Trajectories, check_share, cut, divide, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
 from pbrl.second_term.guard import Estimate, Safeguard, WeightedRows
 from pbrl.second_term.penalty import Walk, bracket, climb, copied, divergence_from, draw
@@ -103,7 +103,7 @@ class Penalty(Updater):
         rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
         metrics, found = self.safeguard.train(
             reward,
-            self._estimate(reward, preferences, session) if self.first_sigma else None,
+            self.second_term(reward, preferences, session) if self.first_sigma else None,
             direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.horizon),
             lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
@@ -112,18 +112,19 @@ class Penalty(Updater):
 
     # ------------------------------------------------------------------------------------------------ Term 2
 
-    def _estimate(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
+    def second_term(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
+        """This session's estimate of Term 2, before it is judged."""
         episodes = session.fresh()
         if session.fresh_pairs < 2 or not episodes:
             return Estimate(None)
-        trajectories = cut(episodes, self.walk.horizon)
-        scores = [
-            pair_scores(self.upper, reward, labelled(preferences, session.fresh_pairs, episodes, self.walk.horizon))
-        ]
-        if self.utility is not None:
-            scores.append(utility_scores(self.utility, reward, trajectories))
-        if len(trajectories) < PARTS or not all(part.complete for part in scores):
+        rolls = self.walk.twin and self.utility is None  # its own rollouts are all it needs
+        share = 1.0 if rolls else LABELLED_SHARE
+        fresh = divide(preferences, session.fresh_pairs, episodes, self.walk.horizon, share)
+        if not fresh.enough(pieces=not rolls):
             return Estimate(None)
+        scores = [pair_scores(self.upper, reward, fresh.pairs)]
+        if self.utility is not None:
+            scores.append(utility_scores(self.utility, reward, fresh.pieces))
         together, policy = ScoreRows.cat(scores).to(reward.device), session.policy
         halves, lengths = [], []
         for half in (0, 1):
@@ -131,12 +132,13 @@ class Penalty(Updater):
                 walked = self._walk(together, half, session)
             except FloatingPointError:  # counted as a fallback to Term 1
                 return Estimate(None)
-            own = trajectories.parts(HALVES[half])
+            own = fresh.pieces.half(half)
             rolled = self._roll(walked, half, session) if self.walk.twin else [own, *self._roll(walked, half, session)]
             present, penalised = (part.to(reward.device) for part in rolled)
             halves.append(bracket(present, penalised, half, policy.gamma, self.sigma))
             lengths.append(norm(combine(walked[-1], policy.parameters(), -1.0)))
-        return Estimate(WeightedRows.cat(halves), metrics={"sigma": self.sigma, "walk_length": sum(lengths) / 2})
+        metrics = {"sigma": self.sigma, "walk_length": sum(lengths) / 2, "pairs": float(len(fresh.pairs))}
+        return Estimate(WeightedRows.cat(halves), metrics=metrics)
 
     def _walk(self, scores: ScoreRows, half: int, session: Session) -> list[Params]:
         """The twin's parameters, if there is one, and theta_sigma's."""
@@ -145,7 +147,7 @@ class Penalty(Updater):
             apart = divergence_from(self.reference_policy, policy, self.reference_weight)
         draws = draw(self.walk, session, scores.raw_actions.shape[1], scores.obs.device)
         theta_sigma = climb(
-            self.walk, policy, draws, lambda theta: sigma * scores.ascent(policy, theta, HALVES[half]), apart
+            self.walk, policy, draws, lambda theta: sigma * scores.ascent(policy, theta, scores.half(half)), apart
         )
         return [climb(self.walk, policy, draws, None, apart), theta_sigma] if self.walk.twin else [theta_sigma]
 
