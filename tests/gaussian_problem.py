@@ -70,7 +70,7 @@ class GaussianPolicy:
 
 
 class GaussianSession:
-    """A `Session` of that policy: `episodes` episodes, of the first of which the teacher has compared consecutive pairs.
+    """A `Session` of that policy: `episodes` episodes, of which the teacher compared consecutive ones in pairs.
 
     Args:
         pairs: how many; by default every episode is in one.

@@ -12,7 +12,7 @@ from pbrl.bilevel.params import flatten, norm
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import RewardEnsemble
-from pbrl.second_term.fresh import PARTS, cut, divide, training_rows
+from pbrl.second_term.fresh import cut, divide, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
 from pbrl.second_term.guard import Estimate, Safeguard, SecondTerm, WeightedRows, groups
 from pbrl.second_term.implicit import Implicit
@@ -260,7 +260,7 @@ def cosines(rng, runs, updates, dimensions, signal, skewed=False):
 
 def share_opened(cosines):
     gates = [Gate() for _ in cosines]
-    return np.mean([any([gate.observe(float(c)) for c in run]) for gate, run in zip(gates, cosines, strict=True)])
+    return np.mean([any(gate.observe(float(c)) for c in run) for gate, run in zip(gates, cosines, strict=True)])
 
 
 @pytest.mark.parametrize("dimensions", [1, 3, 30])
