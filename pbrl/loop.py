@@ -195,6 +195,8 @@ class Loop:
         if found := non_finite(parts.reward.state_dict()):
             raise FloatingPointError(f"the learned reward diverged in session {self.sessions}: {found} is not finite")
         self.agent.replay_buffer.relabel(self._pay)
+        if self.pretrained:  # of the first reward there is nothing to overestimate yet: it has a start of its own
+            metrics |= self.agent.after_relabelling(self.critic_seed + self.sessions)
         return metrics
 
     def _after_update(self) -> None:

@@ -11,7 +11,7 @@ CONSTANT = 1e-4  # a dimension with a deviation below it counts as constant (Met
 
 
 class Standardise(nn.Module):
-    """(x − mean) / deviation, clipped to ±CLIP; the identity until `set` has been called, and always if it is off.
+    """(x − mean) / deviation, clipped to ±CLIP; mean 0 and deviation 1 until `set` has been called; if off, x itself.
 
     The statistics are buffers: they travel with the weights.
 
@@ -39,12 +39,12 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., size] to the same."""
-        if not self.on or not self.known:
+        if not self.on:
             return x
         return ((x - self.mean) / self.deviation).clamp(-CLIP, CLIP)
 
     def row(self, x: np.ndarray) -> np.ndarray:
         """The same for one row in numpy, float32 [size]."""
-        if not self.on or not self.known:
+        if not self.on:
             return x
         return np.clip((x - self.mean.numpy()) / self.deviation.numpy(), -CLIP, CLIP)

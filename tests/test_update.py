@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from envs.pointmass import PointMass
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, Perceptrons, supports
-from pbrl.agent.networks import SquashedStdActor
+from pbrl.agent.networks import ResidualBlock, SquashedStdActor
 from pbrl.agent.replay import Batch
 from pbrl.agent.sac import METRICS, PreferenceSAC, make_agent
 
@@ -69,6 +69,81 @@ def test_the_written_out_update_equals_autograds(log_std_range: Any, net_arch: t
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
+KINDS: dict[str, dict[str, Any]] = {  # of networks and optimisers
+    "critic-norm": {"critic_layer_norm": True},
+    "both-norms": {"actor_layer_norm": True, "critic_layer_norm": True},
+    "blocks": {"blocks": 2, "net_arch": (16,)},
+    "simba": {
+        "normalise": True,
+        "actor_layer_norm": True,
+        "critic_layer_norm": True,
+        "blocks": 1,
+        "net_arch": (16,),
+        "critics": 1,
+        "weight_decay": 1e-2,
+        "target_entropy": -0.5,
+    },
+    "one-critic": {"critics": 1},
+    "weight-decay": {"weight_decay": 0.1},
+    "normalised": {"normalise": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_written_out_update_equals_autograds_for_each_kind(kind: str) -> None:
+    fast, plain = (agent(**KINDS[kind]) for _ in range(2))
+    plain._fast = None
+    assert isinstance(fast, SAC) and isinstance(fast._fast, FastUpdate)
+    for each in (fast, plain):
+        if each.seen is not None:
+            each.seen.update(np.random.default_rng(0).normal(1, 3, (100, 2)))
+            each._standardise()
+    untouched = copy.deepcopy(fast.policy.state_dict())
+    for step, batch in enumerate(batches(60, fast)):
+        fast.update(batch)
+        plain.update(batch)
+        if step < 10:
+            assert distance(fast, plain) < 2e-6
+    assert distance(fast, plain) < 1e-4
+    moved = fast.policy.state_dict()
+    still = [name for name, value in untouched.items() if torch.equal(value, moved[name])]
+    assert all(".scale." in name for name in still), "every parameter learns"
+    assert fast.metrics() == pytest.approx(plain.metrics(), rel=1e-4, abs=1e-5)
+
+
+def test_norms_and_residual_blocks_have_autograds_derivatives_in_double_precision() -> None:
+    torch.manual_seed(0)
+    nets = [[nn.Linear(7, 9), ResidualBlock(9, True), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 1)] for _ in range(2)]
+    modules = [nn.Sequential(*layers).double() for layers in nets]
+    with torch.no_grad():
+        for module in modules:
+            for param in module.parameters():
+                param.copy_(torch.randn_like(param))
+    inputs = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack([module(inputs) for module in modules])
+    weights = torch.randn(2, 13, 1, dtype=torch.float64)
+    for at_once in ([modules], [[module] for module in modules]):
+        for group in at_once:
+            which = slice(None) if len(group) == 2 else slice(modules.index(group[0]), modules.index(group[0]) + 1)
+            net = Perceptrons([(list(m)[:-1], list(m)[-1:]) for m in group], torch.float64)
+            wanted = torch.autograd.grad((expected[which] * weights[which]).sum(), net.params, retain_graph=True)
+            by_input = [
+                torch.autograd.grad((one * w).sum(), inputs, retain_graph=True)[0]
+                for one, w in zip(expected[which], weights[which], strict=True)
+            ]
+            given = weights if len(group) == 2 else weights[which][0]
+            with torch.no_grad():
+                values, trace = net.forward(inputs)
+                torch.testing.assert_close(values.reshape(-1, 13, 1), expected[which])
+                for ours, theirs in zip(net.backward(trace, given), wanted, strict=True):
+                    torch.testing.assert_close(ours, theirs)
+                found = net.input_gradient(trace, given, first=5).reshape(-1, 13, 2)
+                torch.testing.assert_close(found, torch.stack(by_input)[:, :, 5:])
+                some = torch.tensor([2, 5])
+                fewer = net.input_gradient(trace.rows(some), given[..., some, :], first=5).reshape(-1, 2, 2)
+                torch.testing.assert_close(fewer, torch.stack(by_input)[:, some, 5:])
+
+
 def test_a_hundred_updates_equal_sb3s_own_train() -> None:
     options = {"seed": 3, "batch_size": SIZE, "buffer_size": 500, "ent_coef": "auto_0.1", "learning_rate": 3e-4}
     stock = SAC("MlpPolicy", PointMass(), policy_kwargs={"net_arch": [32, 24]}, **options)
@@ -103,7 +178,7 @@ def as_sb3(batch: Batch) -> SimpleNamespace:
 def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None:
     torch.manual_seed(0)
     first, second, *heads = (nn.Linear(*s, dtype=torch.float64) for s in ((7, 9), (9, 11), (11, 2), (11, 3)))
-    net = Perceptrons([([first, second], heads)], torch.float64)
+    net = Perceptrons([([first, nn.ReLU(), second, nn.ReLU()], heads)], torch.float64)
     inputs = torch.randn(13, 7, dtype=torch.float64)
     hidden = second(first(inputs).relu()).relu()
     expected = torch.cat([head(hidden) for head in heads], dim=1)
@@ -120,7 +195,7 @@ def test_a_perceptrons_derivatives_equal_autograds_in_double_precision() -> None
 def test_two_perceptrons_at_once_equal_autograds_of_each() -> None:
     torch.manual_seed(0)
     nets = [[nn.Linear(*s, dtype=torch.float64) for s in ((7, 9), (9, 11), (11, 1))] for _ in range(2)]
-    both = Perceptrons([(layers[:2], layers[2:]) for layers in nets], torch.float64)
+    both = Perceptrons([([a, nn.ReLU(), b, nn.ReLU()], [c]) for a, b, c in nets], torch.float64)
     inputs = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
     expected = torch.stack([last(second(first(inputs).relu()).relu()) for first, second, last in nets])
     weights = torch.randn(2, 13, 1, dtype=torch.float64)
@@ -140,7 +215,7 @@ def test_two_perceptrons_at_once_equal_autograds_of_each() -> None:
 def test_input_gradients_equal_autograds_in_the_chosen_rows() -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(7, 9), nn.Linear(9, 1)
-    net = Perceptrons([([first], [last])], torch.float32)
+    net = Perceptrons([([first, nn.ReLU()], [last])], torch.float32)
     inputs = torch.randn(13, 7, requires_grad=True)
     expected = torch.autograd.grad(last(first(inputs).relu()).sum(), inputs)[0]
     rows = torch.tensor([1, 4, 12])
@@ -226,8 +301,9 @@ def test_networks_of_the_users_own_fall_back_to_autograd() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, smooth.actor.parameters(), strict=True))
 
 
-def test_bf16_stays_close_and_keeps_float32_weights() -> None:
-    exact, rounded = agent(), agent(precision="bf16")
+@pytest.mark.parametrize("options", [{}, KINDS["simba"], KINDS["both-norms"]])
+def test_bf16_stays_close_and_keeps_float32_weights(options: dict[str, Any]) -> None:
+    exact, rounded = agent(**options), agent(precision="bf16", **options)
     for batch in batches(50, exact):
         exact.update(batch)
         rounded.update(batch)
@@ -254,9 +330,12 @@ def test_multiplying_both_critics_at_once_changes_rounding_only() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, KINDS["simba"]], ids=["plain", "simba"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_compiled_update_equals_the_eager_one(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
-    eager, compiled = agent(precision=precision), agent(precision=precision, compile=True)
+def test_the_compiled_update_equals_the_eager_one(
+    precision: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager, compiled = agent(precision=precision, **options), agent(precision=precision, compile=True, **options)
     noise, before = compiled.noise.get_state(), [p.clone() for p in compiled.policy.parameters()]
     compiled.prepare()
     assert "compiled the agent's update in" in capsys.readouterr().out
@@ -289,14 +368,17 @@ def test_without_a_compiler_training_goes_on(
 def test_wrong_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"agent\.precision=fp8; expected one of fp32, bf16"):
         agent(precision="fp8")
-    with pytest.raises(ValueError, match="plain ReLU"):
+    with pytest.raises(ValueError, match="ReLU networks of our kinds"):
         PreferenceSAC("MlpPolicy", PointMass(), precision="bf16", policy_kwargs={"activation_fn": nn.Tanh})
 
 
-def test_a_saved_agent_goes_on_with_the_same_update(tmp_path: Any) -> None:
-    one = agent()
+@pytest.mark.parametrize("options", [{}, KINDS["simba"]], ids=["plain", "simba"])
+def test_a_saved_agent_goes_on_with_the_same_update(tmp_path: Any, options: dict[str, Any]) -> None:
+    one = agent(**options)
     first, second = batches(2, one)
     one.update(first)
+    if one.seen is not None:
+        one.collect(20, updates=0)
     one.save(tmp_path / "agent.zip")
     two = PreferenceSAC.load(tmp_path / "agent.zip", env=PointMass())
     assert isinstance(two, SAC) and isinstance(two._fast, FastUpdate)
@@ -304,4 +386,8 @@ def test_a_saved_agent_goes_on_with_the_same_update(tmp_path: Any) -> None:
     one.update(second)
     two.update(second)
     assert distance(one, two) == 0
+    obs = np.array([0.3, 5.0], np.float32)
+    assert np.array_equal(one.predict(obs, deterministic=True)[0], two.predict(obs, deterministic=True)[0])
+    if one.seen is not None and two.seen is not None:
+        assert np.array_equal(one.seen.mean, two.seen.mean) and one.seen.count == two.seen.count == pytest.approx(20)
     assert np.isfinite(list(two.metrics().values())).all()

@@ -1,7 +1,9 @@
 """The SAC update with its derivative written out: the same numbers as autograd's, without graph, copies or dispatch.
 
+For perceptrons of linear layers, ReLU, LayerNorm and residual blocks; one or two critics; Adam or AdamW.
+
 Haarnoja et al. (2018), as in Stable-Baselines3's `SAC.train`. `PreferenceSAC.autograd_update` is the readable form and
-the one that runs for networks other than plain ReLU perceptrons; `tests/test_update.py` holds the two equal.
+the one that runs for any other networks; `tests/test_update.py` holds the two equal.
 
 With `torch.bfloat16` the products of the hidden layers are computed in it; weights, Adam, the last layers (the Q head
 and the Gaussian's parameters) and everything between are float32. Compiled (torch.compile; the code is kept on disk
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pbrl.agent.networks import LOG_SQRT_2PI, SQUASH_EPSILON, SquashedStdActor
+from pbrl.agent.networks import LOG_SQRT_2PI, SQUASH_EPSILON, ResidualBlock, SquashedStdActor, Standardised, lowest
 
 if TYPE_CHECKING:
     from pbrl.agent.replay import Batch
@@ -48,7 +50,8 @@ class FusedAdam:
             return
         group = self.optimizer.param_groups[0]
         self._count += 1  # the fused kernel does not count
-        torch._fused_adam_(
+        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused(
             self.params,
             grads,
             self._means,
@@ -86,97 +89,182 @@ class FusedAdam:
 
 
 class Trace(NamedTuple):
-    """What a forward pass leaves for its derivative: inputs and weight of each layer, as multiplied."""
+    """What a forward pass leaves for its derivative, for each step; None where there is nothing to keep."""
 
-    inputs: list[Tensor]
-    weights: list[Tensor]
+    values: list[Tensor | None]  # of a product its input, of ReLU its output, of LayerNorm its normalised input
+    weights: list[Tensor | None]  # of a product its weight, as multiplied
+    rates: list[Tensor | None]  # of LayerNorm each row's 1/deviation
 
     def rows(self, rows: Tensor | slice) -> Trace:
         """The trace of some rows."""
-        return Trace([one[..., rows, :] for one in self.inputs], self.weights)
+        values, rates = (
+            [None if one is None else one[..., rows, :] for one in kind] for kind in (self.values, self.rates)
+        )
+        return Trace(values, self.weights, rates)
+
+
+class Step(NamedTuple):
+    """One step of networks of one shape: what is done, and by which modules (of each network, its heads)."""
+
+    kind: str  # product, norm, relu; keep and add: the two ends of a residual connection
+    modules: list[list[Any]]
+
+
+def steps(modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]] | None:
+    """The steps of layers that can be differentiated here, each with its module; None if there are others."""
+    found: list[tuple[str, nn.Module]] = []
+    for module in modules:
+        if type(module) is nn.Linear and module.bias is not None:
+            found.append(("product", module))
+        elif type(module) is nn.LayerNorm and module.bias is not None and len(module.normalized_shape) == 1:
+            found.append(("norm", module))
+        elif type(module) is nn.ReLU:
+            found.append(("relu", module))
+        elif type(module) is ResidualBlock:
+            inner = steps([module.norm, module.up, nn.ReLU(), module.down])
+            found += [("keep", module), *(inner or []), ("add", module)]
+        elif type(module) is not nn.Identity:
+            return None
+    return found
 
 
 class Perceptrons:
-    """Networks of one shape: hidden linear layers with ReLU and one linear last layer, of one or several heads.
+    """Networks of one shape: hidden layers (see `steps`) and one linear last layer, of one or several heads.
 
     Several networks are multiplied at once; a leading axis [n, …] of values, gradients and traces then counts them.
     The parameters are the modules' own; nothing is kept between calls.
 
     Args:
         nets: for each network its hidden layers and its heads.
-        dtype: of the hidden layers' products.
+        dtype: of the hidden layers' products. Norms and sums are computed in the last layer's.
     """
 
-    def __init__(self, nets: list[tuple[list[nn.Linear], list[nn.Linear]]], dtype: torch.dtype) -> None:
+    def __init__(self, nets: list[tuple[list[nn.Module], list[nn.Linear]]], dtype: torch.dtype) -> None:
         self.count, self.dtype = len(nets), dtype
         self.outputs = [head.out_features for head in nets[0][1]]
-        every = [[*([layer] for layer in hidden), heads] for hidden, heads in nets]
-        self.layers = [list(layer) for layer in zip(*every, strict=True)]  # of each, the networks'; of those, the heads
+        self.wide = nets[0][1][0].weight.dtype
+        hidden = [steps(layers) or [] for layers, _ in nets]
+        self.steps = [Step(every[0][0], [[module] for _, module in every]) for every in zip(*hidden, strict=True)]
+        self.steps.append(Step("product", [list(heads) for _, heads in nets]))
         self.params: list[Tensor] = [
-            param for layer in self.layers for heads in layer for head in heads for param in (head.weight, head.bias)
+            param
+            for step in self.steps
+            if step.kind in ("product", "norm")
+            for heads in step.modules
+            for head in heads
+            for param in (head.weight, head.bias)
         ]
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Trace]:
         """The last layer's values, [(n,) B, heads], for inputs [B, ·], and what the derivative needs."""
-        trace, last = Trace([], []), len(self.layers) - 1
-        if self.count > 1:
-            inputs = inputs.expand(self.count, *inputs.shape)
-        for i in range(last + 1):
-            weight, bias = (self._joined(i, name) for name in ("weight", "bias"))
-            dtype = self.dtype if i < last else weight.dtype
-            inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
-            trace.inputs.append(inputs)
-            trace.weights.append(weight)
-            if weight.shape[-2] == 1 and torch.compiler.is_compiling():  # no product: fused with its neighbours
-                inputs = (inputs * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2)
-            elif self.count > 1:
-                inputs = torch.baddbmm(bias.unsqueeze(1), inputs, weight.mT)
+        trace, kept = Trace([], [], []), []
+        x = inputs.expand(self.count, *inputs.shape) if self.count > 1 else inputs
+        for i, step in enumerate(self.steps):
+            value, weight, rate = None, None, None
+            if step.kind == "product":
+                x, value, weight = self._product(i, x)
+            elif step.kind == "relu":
+                x = value = x.relu_()
+            elif step.kind == "norm":
+                x, value, rate = self._norm(step, x.to(self.wide))
+            elif step.kind == "keep":
+                x = x.to(self.wide)
+                kept.append(x)
             else:
-                inputs = linear(inputs, weight, bias)
-            if i < last:
-                inputs = inputs.relu_()
-        return inputs, trace
+                x = kept.pop() + x.to(self.wide)
+            trace.values.append(value)
+            trace.weights.append(weight)
+            trace.rates.append(rate)
+        return x, trace
 
-    def _joined(self, i: int, name: str) -> Tensor:
-        """Weight [(n,) out, in] or bias [(n,) out] of layer i: heads one below the other, networks side by side."""
-        parts = [[getattr(head, name) for head in heads] for heads in self.layers[i]]
+    def _product(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A linear layer: its output, its input and its weight as multiplied."""
+        dtype = self.dtype if i < len(self.steps) - 1 else self.wide
+        weight, bias = (self._joined(self.steps[i], name).to(dtype) for name in ("weight", "bias"))
+        x = x.to(dtype)
+        if weight.shape[-2] == 1 and torch.compiler.is_compiling():  # no product: fused with its neighbours
+            return (x * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2), x, weight
+        if self.count > 1:
+            return torch.baddbmm(bias.unsqueeze(1), x, weight.mT), x, weight
+        return linear(x, weight, bias), x, weight
+
+    def _norm(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm: its output, its normalised input and 1/deviation of each row [(n,) B, 1]."""
+        weight, bias = (self._joined(step, name).unsqueeze(-2) for name in ("weight", "bias"))
+        variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+        rate = torch.rsqrt(variance + step.modules[0][0].eps)
+        unit = (x - mean) * rate
+        return unit * weight + bias, unit, rate
+
+    def _joined(self, step: Step, name: str) -> Tensor:
+        """Weight [(n,) out, in] or bias [(n,) out] of a step: heads one below the other, networks side by side."""
+        parts = [[getattr(head, name) for head in heads] for heads in step.modules]
         nets = [torch.cat(heads) if len(heads) > 1 else heads[0] for heads in parts]
         return torch.stack(nets) if len(nets) > 1 else nets[0]
 
     def backward(self, trace: Trace, grad: Tensor) -> list[Tensor]:
         """The parameters' gradients, in the order of `params`, given the loss's gradient [(n,) B, heads]."""
         grads: list[Tensor] = []
-        last, dtype = len(self.layers) - 1, trace.weights[-1].dtype
+        kept: list[Tensor] = []
+        last = len(self.steps) - 1
         for i in range(last, -1, -1):
-            if grad.shape[-1] == 1 and torch.compiler.is_compiling():
-                by_weight = (grad * trace.inputs[i]).sum(-2, keepdim=True)
-            else:
-                by_weight = (grad.mT @ trace.inputs[i]).to(dtype)
-            both = by_weight, grad.sum(-2, dtype=dtype)
-            nets = [one.unbind() if self.count > 1 else (one,) for one in both]
-            here: list[Tensor] = []
-            for weight, bias in zip(*nets, strict=True):
-                if i == last and len(self.outputs) > 1:
-                    heads = zip(weight.split(self.outputs), bias.split(self.outputs), strict=True)
-                    here += [one for head in heads for one in head]
+            value, weight, kind = trace.values[i], trace.weights[i], self.steps[i].kind
+            if kind == "product":
+                assert value is not None and weight is not None
+                grad = grad.to(weight.dtype)
+                if grad.shape[-1] == 1 and torch.compiler.is_compiling():
+                    by_weight = (grad * value).sum(-2, keepdim=True)
                 else:
-                    here += [weight, bias]
-            grads = here + grads
+                    by_weight = (grad.mT @ value).to(self.wide)
+                grads = self._apart(by_weight, grad.sum(-2, dtype=self.wide), heads=i == last) + grads
+            elif kind == "norm":
+                assert value is not None
+                grads = self._apart((grad.to(self.wide) * value).sum(-2), grad.sum(-2, dtype=self.wide)) + grads
             if i:
-                grad = self._through(trace, i, grad)
+                grad = self._through(trace, i, grad, kept)
         return grads
 
-    def _through(self, trace: Trace, i: int, grad: Tensor) -> Tensor:
-        """The loss's gradient before the ReLU that gave layer i its inputs, given the one after layer i."""
-        weight = trace.weights[i]
-        grad = grad * weight if weight.shape[-2] == 1 else grad @ weight
-        return masked(grad, trace.inputs[i], 0).to(self.dtype)
+    def _apart(self, weight: Tensor, bias: Tensor, heads: bool = False) -> list[Tensor]:
+        """The gradients of each module of a step, as `_joined` joins their parameters."""
+        found: list[Tensor] = []
+        pairs = zip(weight.unbind(), bias.unbind(), strict=True) if self.count > 1 else [(weight, bias)]
+        for by_weight, by_bias in pairs:
+            if heads and len(self.outputs) > 1:
+                split = zip(by_weight.split(self.outputs), by_bias.split(self.outputs), strict=True)
+                found += [one for head in split for one in head]
+            else:
+                found += [by_weight, by_bias]
+        return found
+
+    def _through(self, trace: Trace, i: int, grad: Tensor, kept: list[Tensor]) -> Tensor:
+        """The loss's gradient before step i, given the one after it; `kept`: of the residual connections still open."""
+        value, kind = trace.values[i], self.steps[i].kind
+        if kind == "product":
+            weight = trace.weights[i]
+            assert weight is not None
+            grad = grad.to(weight.dtype)
+            return grad * weight if weight.shape[-2] == 1 else grad @ weight
+        if kind == "relu":
+            return masked(grad, value, 0)
+        grad = grad.to(self.wide)
+        if kind == "norm":
+            rate = trace.rates[i]
+            assert value is not None and rate is not None
+            grad = grad * self._joined(self.steps[i], "weight").unsqueeze(-2)
+            return rate * (grad - grad.mean(-1, keepdim=True) - value * (grad * value).mean(-1, keepdim=True))
+        if kind == "add":
+            kept.append(grad)
+            return grad
+        return grad + kept.pop()
 
     def input_gradient(self, trace: Trace, grad: Tensor, first: int) -> Tensor:
         """The gradient of the inputs from column `first` on: [(n,) B, ·] for the loss's gradient [(n,) B, 1]."""
-        for i in range(len(trace.weights) - 1, 0, -1):
-            grad = self._through(trace, i, grad)
-        return (grad @ trace.weights[0][..., first:]).to(trace.weights[-1].dtype)
+        kept: list[Tensor] = []
+        for i in range(len(self.steps) - 1, 0, -1):
+            grad = self._through(trace, i, grad, kept)
+        weight = trace.weights[0]
+        assert weight is not None
+        return (grad.to(weight.dtype) @ weight[..., first:]).to(self.wide)
 
 
 class Sampled(NamedTuple):
@@ -189,7 +277,7 @@ class Sampled(NamedTuple):
 
 
 class FastUpdate:
-    """The update of one agent whose networks are plain ReLU perceptrons.
+    """The update of one agent whose networks are `Perceptrons`.
 
     Args:
         agent: see `supports`.
@@ -200,15 +288,17 @@ class FastUpdate:
         self.agent = agent
         actor: Any = agent.actor
         self.log_std_range = getattr(actor, "log_std_range", None)
-        self.actor = Perceptrons([(_linear(actor.latent_pi), [actor.mu, actor.log_std])], dtype)
+        self.scale = getattr(actor.features_extractor, "scale", None)  # the critics' have the same numbers
+        self.actor = Perceptrons([(_layers(actor.latent_pi), [actor.mu, actor.log_std])], dtype)
         # one product for both critics gives each thread one of them; with one thread, or in fp32, two are faster
         # (measured: experiments.benchmarks update)
         cuda = agent.device.type == "cuda"
-        self.together = cuda or (dtype != torch.float32 and torch.get_num_threads() > 1)
+        two = len(agent.critic.q_networks) == 2
+        self.together = two and (cuda or (dtype != torch.float32 and torch.get_num_threads() > 1))
         self.critics, self.targets = (
             [Perceptrons(nets, dtype)] if self.together else [Perceptrons([net], dtype) for net in nets]
             for nets in (
-                [(_linear(net)[:-1], _linear(net)[-1:]) for net in critic.q_networks]
+                [(_layers(net)[:-1], _layers(net)[-1:]) for net in critic.q_networks]
                 for critic in (agent.critic, agent.critic_target)
             )
         )
@@ -289,12 +379,13 @@ class FastUpdate:
     ) -> tuple[Tensor, Tensor, Sampled, Trace, list[Tensor], Tensor]:
         size = len(batch.rewards)
         alpha = log_alpha.exp().squeeze()
-        raw, trace = self.actor.forward(torch.cat([batch.obs, batch.next_obs]))
+        obs, next_obs = self._seen(batch.obs), self._seen(batch.next_obs)
+        raw, trace = self.actor.forward(torch.cat([obs, next_obs]))
         sampled, log_probs = self._sample(raw, noise)
         here = Sampled(*(one[:size] for one in sampled))
-        next_q = torch.minimum(*self._values(self.targets, batch.next_obs, sampled.actions[size:])[0])
+        next_q = lowest(self._values(self.targets, next_obs, sampled.actions[size:])[0].unbind())
         target = batch.rewards + batch.not_done * self.gamma * (next_q - alpha * log_probs[size:])
-        values, traces = self._values(self.critics, batch.obs, batch.actions)
+        values, traces = self._values(self.critics, obs, batch.actions)
         errors = values - target
         loss = errors.square().sum() / (2 * size)
         parts = zip(self.critics, traces, self._parts((errors / size).unsqueeze(2)), strict=True)
@@ -304,8 +395,8 @@ class FastUpdate:
     def _actor_stage(
         self, obs: Tensor, alpha: Tensor, log_prob: Tensor, sampled: Sampled, trace: Trace, critic_loss: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        values, traces = self._values(self.critics, obs, sampled.actions)
-        q = torch.minimum(*values)
+        values, traces = self._values(self.critics, self._seen(obs), sampled.actions)
+        q = lowest(values.unbind())
         actor_loss = (alpha * log_prob - q).mean()
         action_gradient = self._action_gradient(values, traces, obs.shape[1])
         # of mean(alpha log π − Q) by the Gaussian's mean and the last layer's log std
@@ -313,6 +404,10 @@ class FastUpdate:
         by_log_std = (by_mean * sampled.deviation - alpha) * sampled.slope
         grads = self.actor.backward(trace, torch.cat([by_mean, by_log_std], dim=1) / len(obs))
         return grads, torch.stack([critic_loss, actor_loss, alpha, -log_prob.mean(), q.mean()])
+
+    def _seen(self, obs: Tensor) -> Tensor:
+        """Observations as the networks see them."""
+        return obs if self.scale is None else self.scale.forward(obs)
 
     def _sample(self, last: Tensor, noise: Tensor) -> tuple[Sampled, Tensor]:
         """Squashed actions [N, A] and their log-probabilities [N], from the last layer's values [N, 2A]."""
@@ -336,15 +431,15 @@ class FastUpdate:
         return [both] if self.together else both.unbind()
 
     def _values(self, critics: list[Perceptrons], obs: Tensor, actions: Tensor) -> tuple[Tensor, list[Trace]]:
-        """Both critics' values [2, B] and the traces of `critics`."""
+        """The critics' values, one or two times [B], and the traces of `critics`."""
         inputs = torch.cat([obs, actions], dim=1)
         values, traces = zip(*(nets.forward(inputs) for nets in critics), strict=True)
         return (values[0] if self.together else torch.stack(values)).squeeze(2), list(traces)
 
     def _action_gradient(self, values: Tensor, traces: list[Trace], obs_dim: int) -> Tensor:
         """dQ/da [B, A] of the lower critic in each row (autograd halves it between exactly equal critics)."""
-        second = values[1] < values[0]
-        chosen = torch.stack([~second, second])
+        second = values[-1] < values[0]
+        chosen = torch.stack([~second, second])[: len(values)]
         gradient = values.new_zeros(len(second), self.act_dim)
         if self.whole:
             for nets, trace, part in zip(self.critics, traces, self._parts(chosen.unsqueeze(2)), strict=True):
@@ -359,29 +454,23 @@ class FastUpdate:
 
 
 def supports(agent: PreferenceSAC) -> bool:
-    """Whether actor and critics are what `FastUpdate` differentiates: own or SB3's actor, flat observations, ReLU."""
+    """Whether `FastUpdate` can differentiate actor and critics: own or SB3's actor, flat inputs, known `steps`."""
     actor, critic = agent.actor, agent.critic
     return (
         type(actor) in (Actor, SquashedStdActor)
         and not actor.use_sde
-        and all(isinstance(m.features_extractor, FlattenExtractor) for m in (actor, critic))
-        and _plain(actor.latent_pi, last=nn.ReLU)
-        and len(critic.q_networks) == 2
-        and all(_plain(net, last=nn.Linear) for net in critic.q_networks)
+        and all(type(m.features_extractor) in (FlattenExtractor, Standardised) for m in (actor, critic))
+        and _known(actor.latent_pi)
+        and len(critic.q_networks) in (1, 2)
+        and all(_known(net) and type(list(net.children())[-1]) is nn.Linear for net in critic.q_networks)
     )
 
 
-def _plain(net: nn.Module, last: type[nn.Module]) -> bool:
-    """Linear layers with biases and ReLUs in turn."""
-    layers = list(net.children())
-    kinds = [nn.Linear if i % 2 == 0 else nn.ReLU for i in range(len(layers))]
-    return (
-        len(layers) > 1
-        and [type(layer) for layer in layers] == kinds
-        and kinds[-1] is last
-        and all(layer.bias is not None for layer in _linear(net))
-    )
+def _layers(net: nn.Module) -> list[Any]:
+    return list(net.children())
 
 
-def _linear(net: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in net.children() if isinstance(layer, nn.Linear)]
+def _known(net: nn.Module) -> bool:
+    """Whether it begins with a linear layer and all of it can be differentiated here."""
+    found = steps(net.children())
+    return found is not None and found[:1] != [] and found[0][0] == "product"

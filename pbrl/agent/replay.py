@@ -37,6 +37,7 @@ class RelabelReplay(ReplayBuffer):
         hybrid_ratio: share of each batch drawn from the last `hybrid_steps` transitions (QPA's hybrid replay); 0: off.
             Not while `hybrid` is False: the loop sets it so when no question is left, as QPA does.
         hybrid_steps: environment steps that count as recent.
+        n_steps, gamma: rewards summed before the critic is asked, and the discount between them (see `draw`).
 
     Raises:
         ValueError: for more than one environment, or observations that are not float32 vectors.
@@ -51,6 +52,8 @@ class RelabelReplay(ReplayBuffer):
         n_envs: int = 1,
         hybrid_ratio: float = 0.0,
         hybrid_steps: int = 10_000,
+        n_steps: int = 1,
+        gamma: float = 0.99,
         **kwargs: Any,
     ) -> None:
         super().__init__(buffer_size, observation_space, action_space, device, n_envs, **kwargs)
@@ -59,6 +62,7 @@ class RelabelReplay(ReplayBuffer):
         if self.observations.ndim != 3 or self.observations.dtype != np.float32:
             raise ValueError(f"observations must be float32 vectors; the space is {observation_space}")
         self.hybrid_ratio, self.hybrid_steps, self.hybrid = hybrid_ratio, hybrid_steps, True
+        self.n_steps, self.gamma = n_steps, gamma
         obs_dim, act_dim = self.obs_shape[0], self.action_dim
         ends = np.cumsum([obs_dim, act_dim, obs_dim, 1, 1, 1])
         self.rows = np.zeros((self.buffer_size, int(ends[-1])), np.float32)
@@ -72,17 +76,48 @@ class RelabelReplay(ReplayBuffer):
         self.rewards = self.rows[:, self._reward]
         self.dones = self.rows[:, self._done]
         self.timeouts = self.rows[:, self._timeout]
+        self._end = np.r_[next_obs, self._done, self._timeout]  # what a longer reach takes from its last step
         self._split = [obs_dim, act_dim, obs_dim, 1, 1, 1]
 
-    def draw(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """`batch_size` uniformly drawn transitions (a share of them recent ones, if `hybrid_ratio` says so)."""
+    def draw(self, batch_size: int, rng: np.random.Generator, n_steps: int = 1) -> Batch:
+        """`batch_size` uniformly drawn transitions (a share of them recent ones, if `hybrid_ratio` says so).
+
+        With `n_steps` > 1 each reaches over up to that many steps, fewer where the episode ends: `rewards` is their
+        discounted sum Σ_{i<k} γ^i r_i, `next_obs` the one after the k-th, `not_done` times γ^(k − 1), so that γ times
+        it discounts the value after k steps.
+        """
         size = self.size()
         index = rng.integers(size, size=batch_size)
         recent = round(self.hybrid_ratio * batch_size) if self.hybrid else 0
         if recent:
             back = rng.integers(min(size, self.hybrid_steps), size=recent)
             index[:recent] = (self.pos - 1 - back) % self.buffer_size
-        return self.batch(self.rows.take(index, axis=0))
+        if n_steps == 1:
+            return self.batch(self.rows.take(index, axis=0))
+        rows = self.rows.take(index, axis=0)
+        last, further = self._reach(index, rows, n_steps)
+        rows[:, self._end] = self.rows[last][:, self._end]
+        batch = self.batch(rows)
+        discounts = torch.from_numpy((self.gamma**further).astype(np.float32)).to(batch.not_done.device)
+        return batch._replace(not_done=batch.not_done * discounts)
+
+    def _reach(self, index: np.ndarray, rows: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Add up to n_steps − 1 following rewards to those in `rows`: the last step and how many were added, int [B].
+
+        The next row continues an episode if it begins where this one ended: after a branch from a stored state it does
+        not.
+        """
+        obs, next_obs = self.observations[:, 0], self.next_observations[:, 0]
+        further = np.zeros(len(index), np.int64)
+        goes_on = np.ones(len(index), bool)
+        for i in range(1, n_steps):
+            following = (index + 1) % self.buffer_size
+            goes_on &= (self.dones[index, 0] == 0) & (following != self.pos)
+            goes_on &= (obs[following] == next_obs[index]).all(axis=1)
+            rows[goes_on, self._reward] += np.float32(self.gamma**i) * self.rewards[following[goes_on]]
+            index = np.where(goes_on, following, index)
+            further += goes_on
+        return index, further
 
     def batch(self, packed: np.ndarray) -> Batch:
         """Packed rows, float32 [B, ·], as a `Batch` on the buffer's device."""

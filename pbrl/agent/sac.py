@@ -7,6 +7,7 @@ What differs from SB3's defaults, and why (B-Pref `agent/sac.py`; PARL table 2):
   gradient step per call its interval is ignored);
 * `log_std_range` squashes the log standard deviation into a range by tanh (SB3 clamps it to [−20, 2]);
 * `orthogonal_init` as published; `reset_critic` for the change from pretraining to the learned reward;
+* standardised observations, LayerNorm, residual blocks, one critic, weight decay, n-step returns: each an option;
 * every random draw comes from the agent's own generators: nothing else can disturb it, and it can be resumed.
 
 `isinstance(agent, SAC)` holds; SB3's callbacks, `learn`, `predict`, `save` and `load` work as they do there.
@@ -25,12 +26,13 @@ import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
-from pbrl.agent.networks import PreferencePolicy, initialise, squash
+from pbrl.agent.networks import PreferencePolicy, Standardised, initialise, lowest, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
@@ -51,6 +53,7 @@ class PreferenceSAC(SAC):
         temperature_lr: of the temperature; None: the learning rate.
         precision: of the update's hidden layers, fp32 or bf16.
         compiles: whether `prepare` compiles the update.
+        relabel_updates, reset_above: see `make_agent`.
     """
 
     replay_buffer: RelabelReplay
@@ -62,6 +65,8 @@ class PreferenceSAC(SAC):
         temperature_lr: float | None = None,
         precision: str = "fp32",
         compiles: bool = False,
+        relabel_updates: int = 0,
+        reset_above: float | None = None,
         **kwargs: Any,
     ) -> None:
         if precision not in PRECISIONS:
@@ -71,7 +76,9 @@ class PreferenceSAC(SAC):
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
         self.compiles = compiles
+        self.relabel_updates, self.reset_above = relabel_updates, reset_above
         self._branching = False
+        self.seen: RunningMeanStd | None = None  # observations, if actor and critics see them standardised
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
         super().__init__(policy, env, **kwargs)
 
@@ -86,17 +93,21 @@ class PreferenceSAC(SAC):
             temperature: Any = self.log_ent_coef
             self.ent_coef_optimizer = torch.optim.Adam([temperature], lr=rate, fused=True)
             self._temperature_adam = FusedAdam(self.ent_coef_optimizer, [temperature])
+        scales = [getattr(m.features_extractor, "scale", None) for m in (self.actor, self.critic, self.critic_target)]
+        self._scales = [scale for scale in scales if scale is not None]
+        if self._scales and self.seen is None:  # else it was loaded
+            self.seen = RunningMeanStd(1e-8, self.observation_space.shape)  # type: ignore[arg-type]
         self._critic_params: list[Tensor] = list(self.critic.parameters())
         self._target_params: list[Tensor] = list(self.critic_target.parameters())
         self._fast = FastUpdate(self, PRECISIONS[self.precision]) if supports(self) else None
         if self._fast is None and self.precision != "fp32":
-            raise ValueError(f"agent.precision={self.precision} needs plain ReLU networks; use fp32 for these")
+            raise ValueError(f"agent.precision={self.precision} needs ReLU networks of our kinds; use fp32 for these")
         self._sums = torch.zeros(len(METRICS), device=self.device)
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
         own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
-        own += ["_fast", "_temperature_adam", "_critic_params", "_target_params"]
+        own += ["_fast", "_temperature_adam", "_critic_params", "_target_params", "_scales"]
         return super()._excluded_save_params() + own
 
     def attach(self, rollouts: Rollouts) -> None:
@@ -189,11 +200,20 @@ class PreferenceSAC(SAC):
             self.rollouts.add(
                 obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
             )
+        if self.seen is not None:
+            self.seen.update(obs.astype(np.float64))
+            self._standardise()
         if self.reward_fn is not None:
             reward = self.reward_fn(obs, buffer_action)
             if not np.isfinite(reward).all():
                 raise self._diverged("the learned reward", float(reward[0]))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _standardise(self) -> None:
+        """The statistics of what was seen so far, into actor, critics and targets."""
+        assert self.seen is not None
+        for scale in self._scales:
+            scale.set(self.seen.mean, np.sqrt(self.seen.var))
 
     @property
     def training_env(self) -> Any:
@@ -250,7 +270,8 @@ class PreferenceSAC(SAC):
         """`gradient_steps` SAC updates. The numbers are those of `SAC.train`; only wasted work is left out."""
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.draw(batch_size, self.replay_rng)
+            reach = self.replay_buffer.n_steps if self.batch_reward is None else 1
+            batch = self.replay_buffer.draw(batch_size, self.replay_rng, reach)
             if self.batch_reward is not None:
                 batch = batch._replace(rewards=self.batch_reward(batch.obs))
             self.update(batch)
@@ -277,7 +298,7 @@ class PreferenceSAC(SAC):
             return
         self.compiles = False
         if self._fast is None:
-            print("agent.compile: networks other than plain ReLU perceptrons are updated by autograd, not compiled")
+            print("agent.compile: networks of other kinds than ours are updated by autograd, not compiled")
             return
         try:
             print(f"compiled the agent's update in {self._fast.compile(self.batch_size):.0f} s")
@@ -291,16 +312,16 @@ class PreferenceSAC(SAC):
         self.move_temperature(log_prob)
         with torch.no_grad():
             next_actions, next_log_prob = self.squashed_sample(batch.next_obs)
-            next_q = torch.minimum(*self.critic_target(batch.next_obs, next_actions)).squeeze(1)
+            next_q = lowest(self.critic_target(batch.next_obs, next_actions)).squeeze(1)
             target = batch.rewards + batch.not_done * self.gamma * (next_q - alpha * next_log_prob)
-        q1, q2 = self.critic(batch.obs, batch.actions)
-        critic_loss = 0.5 * ((q1.squeeze(1) - target).square().mean() + (q2.squeeze(1) - target).square().mean())
+        values = self.critic(batch.obs, batch.actions)
+        critic_loss = 0.5 * torch.stack([(q.squeeze(1) - target).square().mean() for q in values]).sum()
         self.critic.optimizer.zero_grad(set_to_none=True)
         critic_loss.backward()
         self.critic.optimizer.step()
 
         self.critic.requires_grad_(False)  # the actor's loss needs dQ/da only
-        q = torch.minimum(*self.critic(batch.obs, actions)).squeeze(1)
+        q = lowest(self.critic(batch.obs, actions)).squeeze(1)
         actor_loss = (alpha * log_prob - q).mean()
         self.actor.optimizer.zero_grad(set_to_none=True)
         actor_loss.backward()
@@ -339,6 +360,51 @@ class PreferenceSAC(SAC):
             initialise(self.critic, getattr(self.policy, "orthogonal_init", False))
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic.optimizer.state.clear()
+
+    @torch.no_grad()
+    def overestimation(self, steps: int = 2000, reach: int = 40) -> float:
+        """By how much per step the lower critic expects more than the last stored steps brought; NaN if they are few.
+
+            mean [Q(s_t, a_t) − Σ_{i<n} γ^i (r_{t+i} − γ α log π(a_{t+i+1} | s_{t+i+1})) − γ^n Q(s_{t+n}, a_{t+n})]
+                · (1 − γ) / (1 − γ^n)
+
+        with n = `reach`, over pieces without an episode's end: critics that are c / (1 − γ) too high everywhere give c.
+        """
+        replay = self.replay_buffer
+        rows = np.arange(-min(steps, replay.size()), 0) + replay.pos
+        rows %= replay.buffer_size
+        obs, actions = (torch.from_numpy(one[rows, 0]) for one in (replay.observations, replay.actions))
+        joined = (replay.next_observations[rows[:-1], 0] == replay.observations[rows[1:], 0]).all(axis=1)
+        breaks = np.concatenate([[0], np.cumsum(~joined)])
+        starts = np.flatnonzero(breaks[reach:] == breaks[:-reach]) if len(rows) > reach else np.zeros(0, np.int64)
+        if len(starts) == 0:
+            return float("nan")
+        device = self.device
+        q = lowest(self.critic(obs.to(device), actions.to(device))).squeeze(1).cpu().double().numpy()
+        mean, log_std, _ = self.actor.get_action_dist_params(obs.to(device))
+        raw = torch.atanh(actions.to(device).clamp(-1 + 1e-6, 1 - 1e-6))
+        _, log_prob = squash(mean, log_std, (raw - mean) / log_std.exp())
+        alpha = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.exp()
+        entropy = -float(alpha) * log_prob.cpu().double().numpy()
+        paid = replay.rewards[rows, 0].astype(np.float64)
+        powers = self.gamma ** np.arange(reach + 1)
+        index = starts[:, None] + np.arange(reach + 1)
+        brought = (paid[index[:, :-1]] * powers[:-1]).sum(1) + (entropy[index[:, 1:]] * powers[1:]).sum(1)
+        gap = q[starts] - brought - powers[-1] * q[starts + reach]
+        return float(gap.mean() * (1 - self.gamma) / (1 - powers[-1]))
+
+    def after_relabelling(self, seed: int) -> dict[str, float]:
+        """What the agent does about a new reward: new critics if the old ones expect too much, and updates at once.
+
+        Returns:
+            train/overestimation (see `overestimation`), train/critic_reset (1: they were reset; else 0).
+        """
+        found = self.overestimation()
+        reset = self.reset_above is not None and found > self.reset_above
+        if reset:
+            self.reset_critic(seed)
+        self.train(self.relabel_updates, self.batch_size)
+        return {"train/overestimation": found, "train/critic_reset": float(reset)}
 
     def metrics(self) -> dict[str, float]:
         """Means over the updates since the last call.
@@ -383,6 +449,9 @@ class PreferenceSAC(SAC):
             "sums": self._sums.clone(),
             "summed": self._summed,
         }
+        if self.seen is not None:
+            moments = torch.from_numpy(np.stack([self.seen.mean, self.seen.var]))
+            state["seen"] = {"count": float(self.seen.count), "moments": moments}
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             state["log_ent_coef"] = self.log_ent_coef.detach().clone()
             state["ent_coef_optimizer"] = self.ent_coef_optimizer.state_dict()
@@ -402,6 +471,9 @@ class PreferenceSAC(SAC):
         self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
         self._episode_num, self._summed = state["episode_num"], state["summed"]
         self._sums.copy_(state["sums"])
+        if self.seen is not None:
+            self.seen.count = state["seen"]["count"]
+            self.seen.mean, self.seen.var = (one.copy() for one in state["seen"]["moments"].numpy())
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             with torch.no_grad():
                 self.log_ent_coef.copy_(state["log_ent_coef"])
@@ -440,6 +512,16 @@ def make_agent(
     hybrid_steps: int = 10_000,
     precision: str = "fp32",
     compile: bool = False,
+    normalise: bool = False,
+    actor_layer_norm: bool = False,
+    critic_layer_norm: bool = False,
+    blocks: int = 0,
+    critics: int = 2,
+    weight_decay: float = 0.0,
+    target_entropy: float = -1.0,
+    n_steps: int = 1,
+    relabel_updates: int = 0,
+    reset_above: float | None = None,
 ) -> PreferenceSAC:
     """A `PreferenceSAC` on one environment.
 
@@ -455,6 +537,15 @@ def make_agent(
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
         precision: of the update's hidden layers: fp32, or bf16 (faster where the processor multiplies it).
         compile: the update, when `prepare` is called.
+        normalise: actor and critics see observations standardised by the mean and deviation of all so far.
+        actor_layer_norm, critic_layer_norm, blocks: see `pbrl.agent.networks.hidden_layers`; blocks need one width in
+            net_arch.
+        critics: 1 or 2; of two the lower counts.
+        weight_decay: of actor and critics, decoupled (AdamW); 0: Adam.
+        target_entropy: of the policy, in nats per entry of the action (SAC: -1).
+        n_steps: rewards summed before the critic is asked, at the most; 1 in pretraining.
+        relabel_updates: updates at once after the replay was paid anew.
+        reset_above: new critics after a session in which `overestimation` exceeds this; null: never.
 
     Raises:
         ValueError: for a number out of range.
@@ -469,16 +560,25 @@ def make_agent(
         ("target_update_interval", target_update_interval, target_update_interval >= 1),
         ("hybrid_ratio", hybrid_ratio, 0 <= hybrid_ratio <= 1),
         ("hybrid_steps", hybrid_steps, hybrid_steps > 0),
+        ("blocks", blocks, blocks >= 0),
+        ("critics", critics, critics in (1, 2)),
+        ("weight_decay", weight_decay, weight_decay >= 0),
+        ("n_steps", n_steps, n_steps >= 1),
+        ("relabel_updates", relabel_updates, relabel_updates >= 0),
         ("log_std_range", log_std_range, log_std_range is None or log_std_range[0] < log_std_range[1]),
     ):
         if not good:
             raise ValueError(f"agent.{name}={value} is out of range")
+    if blocks and len(net_arch) != 1:
+        raise ValueError(f"agent.net_arch={list(net_arch)}: with agent.blocks expected one width, such as [256]")
     agent = PreferenceSAC(
         PreferencePolicy,
         DummyVecEnv([lambda: env]),
         temperature_lr=temperature_lr,
         precision=precision,
         compiles=compile,
+        relabel_updates=relabel_updates,
+        reset_above=reset_above,
         learning_rate=learning_rate,
         ent_coef=f"auto_{initial_temperature}",
         batch_size=batch_size,
@@ -487,13 +587,25 @@ def make_agent(
         gamma=gamma,
         tau=tau,
         target_update_interval=target_update_interval,
-        replay_buffer_kwargs={"hybrid_ratio": hybrid_ratio, "hybrid_steps": hybrid_steps},
+        replay_buffer_kwargs={
+            "hybrid_ratio": hybrid_ratio,
+            "hybrid_steps": hybrid_steps,
+            "n_steps": n_steps,
+            "gamma": gamma,
+        },
+        target_entropy=target_entropy * env.action_space.shape[0],  # type: ignore[index]
         policy_kwargs={
             "net_arch": list(net_arch),
             "log_std_range": log_std_range,
             "orthogonal_init": orthogonal_init,
-            "optimizer_kwargs": {"fused": True},
-        },
+            "actor_layer_norm": actor_layer_norm,
+            "critic_layer_norm": critic_layer_norm,
+            "blocks": blocks,
+            "n_critics": critics,
+            "optimizer_class": torch.optim.AdamW if weight_decay else torch.optim.Adam,
+            "optimizer_kwargs": {"fused": True} | ({"weight_decay": weight_decay} if weight_decay else {}),
+        }
+        | ({"features_extractor_class": Standardised} if normalise else {}),
         seed=seed,
         device=device,
     )

@@ -9,7 +9,7 @@ from stable_baselines3.sac.policies import Actor
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pbrl.agent.networks import LOG_SQRT_2PI, squash
+from pbrl.agent.networks import LOG_SQRT_2PI, lowest, squash
 from pbrl.types import Params
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ class AgentView:
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = self._distribution(next_obs)
         actions, log_prob = squash(mean, log_std, noise)
-        return torch.minimum(*self._agent.critic_target(next_obs, actions)).squeeze(1) - self.alpha * log_prob
+        return lowest(self._agent.critic_target(next_obs, actions)).squeeze(1) - self.alpha * log_prob
 
     def objective(self, theta: Params, obs: Tensor, noise: Tensor) -> Tensor:
         """SAC's actor objective, maximised: mean over obs of min Q(s, a) − alpha log π_theta(a | s); float32 []."""
         mean, log_std = self.distribution(theta, obs)
         actions, log_prob = squash(mean, log_std, noise)
-        return (torch.minimum(*self._agent.critic(obs, actions)).squeeze(1) - self.alpha * log_prob).mean()
+        return (lowest(self._agent.critic(obs, actions)).squeeze(1) - self.alpha * log_prob).mean()
