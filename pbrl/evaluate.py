@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pbrl.agent.sac import PreferenceSAC
+from pbrl.launch.command import look_here
 from pbrl.launch.configuration import ConfigError, check_arguments
 from pbrl.launch.stored import read_config
 from pbrl.records.checkpoint import CheckpointError, load_latest
@@ -26,13 +27,16 @@ PARTS = ("env", "agent", "reward")  # of the config: what is built here
 FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
 
 
-def load_run(run_dir: str | Path) -> tuple[PreferenceSAC, Any]:
+def load_run(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any]:
     """The agent of a run's newest usable checkpoint, and a new environment of its task.
+
+    Args:
+        trust: modules of your own that the run's config may name.
 
     Raises:
         ConfigError: if there is no run. CheckpointError: if no checkpoint can be used.
     """
-    agent, env, _ = _load(Path(run_dir))
+    agent, env, _ = _load(Path(run_dir), trust)
     return agent, env
 
 
@@ -90,6 +94,7 @@ def agreement(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, seed: int,
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    look_here()
     parser = argparse.ArgumentParser(prog="python -m pbrl.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, runs/<env>/<name>")
     parser.add_argument("--episodes", type=int, default=20, help="episodes (default 20)")

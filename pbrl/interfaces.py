@@ -7,6 +7,7 @@ is wrapped once, where it is built; the hooks that it happens to have are then i
 from __future__ import annotations
 
 import difflib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -185,5 +186,6 @@ def _noticed(part: Any, base: type) -> Any:
 def name_of(part: Any) -> str:
     """Dotted name of what the user gave: of the function, or of the object's class."""
     part = part.wrapped if isinstance(part, Wrapped) else part
+    part = part.func if isinstance(part, functools.partial) else part
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}.{getattr(named, '__qualname__', '?')}"

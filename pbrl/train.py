@@ -10,8 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pbrl.launch.configuration import ConfigError, first_error, register_resolvers
-from pbrl.launch.sweep import launcher_error, run_in_sweep
+from pbrl import __version__
+from pbrl.launch.command import look_here, own_names, prepare, searched
+from pbrl.launch.configuration import ConfigError, register_resolvers
+from pbrl.launch.sweep import end_interrupted, launcher_error, run_in_sweep
 from pbrl.listing import register
 
 register_resolvers()
@@ -27,13 +29,15 @@ def hydra_main(cfg: DictConfig) -> dict[str, Any] | None:
         for group, name in runtime.runtime.choices.items()
         if not group.startswith("hydra/") and group != "launcher"
     }
+    choices = own_names(choices, cfg, runtime.overrides.task)
     if runtime.mode == RunMode.MULTIRUN:
         return run_in_sweep(cfg, choices, list(runtime.overrides.task), runtime)
     from pbrl.launch.one_run import run
     from pbrl.records.checkpoint import CheckpointError  # torch: neither --help nor the workers of a sweep need it
 
     try:
-        run(cfg, choices, list(runtime.overrides.task))
+        searching = [] if cfg.resume else searched(runtime.runtime)
+        run(cfg, choices, [*runtime.overrides.task, *searching])
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,14 +46,21 @@ def hydra_main(cfg: DictConfig) -> dict[str, Any] | None:
 
 def main() -> None:
     """The command line. What Hydra would refuse in a page is refused in a line first."""
-    arguments = sys.argv[1:]
-    error = launcher_error(arguments)
-    if error is None and not any(argument.startswith("-") for argument in arguments):  # flags are Hydra's own business
-        error = first_error(arguments)
-    if error is not None:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2)
-    hydra_main()
+    if "--version" in sys.argv[1:]:
+        print(f"pbrl {__version__}")
+        return
+    look_here()
+    try:
+        if error := launcher_error(sys.argv[1:]):
+            raise ConfigError(error)
+        sys.argv[1:] = prepare(sys.argv[1:])
+    except ConfigError as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        hydra_main()
+    except KeyboardInterrupt:
+        end_interrupted()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from pbrl.launch.build import build
-from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, first_error, options
+from pbrl.launch.command import prepare
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options
 from tests.conftest import config
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]
@@ -118,10 +119,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", WRONG)
 def test_what_hydra_refuses_is_refused_in_one_line(override: str) -> None:
-    message = first_error([override])
-    assert message is not None
-    assert "\n" not in message
-    assert WRONG[override] in message
+    with pytest.raises(ConfigError) as caught:
+        prepare([override])
+    assert "\n" not in str(caught.value)
+    assert WRONG[override] in str(caught.value)
 
 
 @pytest.mark.parametrize("override", REFUSED)

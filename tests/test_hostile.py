@@ -304,7 +304,7 @@ def test_any_overrides_build_or_are_refused_in_one_line(
     except ConfigError as error:
         assert "\n" not in str(error)
     except HydraException:
-        pass  # said in one line by pbrl.launch.configuration.first_error; see test_configs
+        pass  # said in one line by pbrl.launch.command; see test_command
 
 
 # Servers

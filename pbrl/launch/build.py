@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
+import re
 import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +17,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from stable_baselines3.common.utils import set_random_seed
 
 from pbrl.asking import AnswerJournal
-from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater
-from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed
+from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
+from pbrl.launch.command import command_line
+from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
 from pbrl.launch.stored import changes, read_config
 from pbrl.loop import Loop
 from pbrl.parts import Parts
@@ -52,16 +56,12 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         cfg = check_resumed(stored, overrides)
         check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
-    if not 0 <= cfg.seed < 2**32:
-        raise ConfigError(f"seed={cfg.seed}; expected 0 to {2**32 - 1}")
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ConfigError(f"threads={cfg.threads}; expected at least 1, or null for all cores")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     set_random_seed(cfg.seed)  # the global generators: no part here uses them, a user's own may
     parts_of = _Builder(cfg, choices, run_dir)
     loop = parts_of.loop()
     if resume is None:
-        _refuse(lambda: _write_origin(run_dir, cfg, choices))
+        _refuse(lambda: _write_origin(run_dir, cfg, choices, overrides))
     else:
         _compare_versions(run_dir)
         try:
@@ -73,24 +73,62 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         if cfg != stored:  # `resume=RUN total_steps=…`: the next `resume=RUN` goes on to there as well
             _refuse(lambda: _write_config(run_dir, cfg, choices))
     print(
-        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {cfg.teacher._target_} · "
-        f"seed {cfg.seed} · {loop.agent.device} with {torch.get_num_threads()} thread(s) · {run_dir}"
-        + (f" · resumed at step {loop.step}" if resume else "")
+        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {_teacher(loop, choices)} · "
+        f"seed {cfg.seed} · {_device_in_words(cfg.device, loop.agent.device)}, {torch.get_num_threads()} thread(s) · "
+        f"{run_dir}" + (f" · resumed at step {loop.step}" if resume else "")
     )
     return loop
 
 
-def _refuse(make: Callable[[], Made]) -> Made:
-    """What `make` returns; what it raises about a value becomes a ConfigError of one line."""
+def _teacher(loop: Loop, choices: dict[str, str]) -> str:
+    if not loop.asks:
+        return "none (the task's reward)"
+    return choices.get("teacher", name_of(loop.parts.teacher))
+
+
+def _device_in_words(asked: str, got: Any) -> str:
+    if asked != "auto":
+        return str(got)
+    return f"{got} (auto: {'CUDA is available' if torch.cuda.is_available() else 'no CUDA here'})"
+
+
+def _refuse(make: Callable[[], Made], name: str = "", node: Any = None) -> Made:
+    """What `make` returns; what it raises about a value becomes a ConfigError of one line that begins with its key.
+
+    Args:
+        name, node: of the config, if `make` calls what its `_target_` names.
+    """
     try:
         return make()
-    except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip().split("\n")[0]) from error
-    except Exception as error:
-        cause = error.__cause__ or error  # Hydra wraps what a constructor raises
-        if isinstance(cause, ValueError | TypeError | OSError | ImportError):
-            raise ConfigError(str(cause).strip().split("\n")[0]) from error
+    except ConfigError:
         raise
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        wrapped = isinstance(error, HydraException)  # by Hydra: what a constructor raised
+        cause = (error.__cause__ or error) if wrapped else error
+        found = re.search(r"full_key: (\S+)", str(error)) if wrapped else None
+        raise ConfigError(_reason(found[1] if found else name, node, cause)) from error
+
+
+def _reason(name: str, node: Any, cause: BaseException) -> str:
+    """One line about what a constructor refuses: the whole key, as the config has it, then the constructor's words."""
+    said = str(cause).strip().split("\n")[0] or type(cause).__name__
+    if not name:
+        return said
+    parameter = re.match(r"(?:[a-z_]+\.)*([A-Za-z_]\w*)(?:=| is )", said)
+    where = OmegaConf.select(OmegaConf.create({name.split(".")[0]: node}), name) if node is not None else None
+    if parameter and isinstance(where, DictConfig) and parameter[1] in where:
+        key, value = f"{name}.{parameter[1]}", said[parameter.end() :]
+        origin = re.fullmatch(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(node).get(parameter[1])))  # type: ignore
+        return f"{origin[1] if origin else key}={value}"
+    if isinstance(cause, ValueError | TypeError | OSError | ImportError) or type(cause).__module__ != "builtins":
+        return said if said.startswith(f"{name}.") else f"{name}: {said}"
+    trace = traceback.extract_tb(cause.__traceback__)[-1]
+    return (
+        f"{name}: {type(cause).__name__}: {said} ({Path(trace.filename).name}, line {trace.lineno}; "
+        "HYDRA_FULL_ERROR=1 shows the calls)"
+    )
 
 
 def check_combination(
@@ -135,21 +173,23 @@ class _Builder:
 
     def __init__(self, cfg: DictConfig, choices: dict[str, str], run_dir: Path) -> None:
         self.cfg, self.choices, self.run_dir = cfg, choices, run_dir
-        if cfg.total_steps < 1 or cfg.segment_length < 1 or cfg.checkpoint_every < 1 or cfg.log_every < 1:
-            raise ConfigError("total_steps, segment_length, checkpoint_every and log_every must be at least 1")
 
     def make(self, group: str, **passed: Any) -> Any:
         node = self.cfg[group]
-        return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed))
+        if is_role(group, node):  # a function that is the part itself: its other parameters are in the node
+            arguments: Any = OmegaConf.to_container(node, resolve=True)
+            given = {key: value for key, value in arguments.items() if not key.startswith("_")}
+            return functools.partial(find_target(group, node["_target_"]), **given)
+        return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed), group, node)
 
     def adopt(self, group: str, wrap: Callable[[Any], Made]) -> Made:
         made = self.make(group)
-        return _refuse(lambda: wrap(made))
+        return _refuse(lambda: wrap(made), group)
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
         check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.schedule.{kind.__name__}"}, self.cfg[name]))
         values = OmegaConf.to_container(self.cfg[name], resolve=True)
-        return _refuse(lambda: kind(**values))  # type: ignore[arg-type]
+        return _refuse(lambda: kind(**values), name, self.cfg[name])  # type: ignore[arg-type]
 
     def loop(self) -> Loop:
         cfg = self.cfg
@@ -207,10 +247,13 @@ class _Builder:
         name = self.cfg.device
         if name == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            return str(torch.device(name))
-        except RuntimeError as error:
-            raise ConfigError(f"device={name}; expected auto, cpu, cuda or cuda:N") from error
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise ConfigError(f"device={name}; expected auto, cpu, cuda or cuda:N")
+        if name != "cpu":
+            there = torch.cuda.device_count()
+            if not torch.cuda.is_available() or int(name.partition(":")[2] or 0) >= there:
+                raise ConfigError(f"device={name}: torch finds {there or 'no'} CUDA device(s) here; use cpu or auto")
+        return str(name)
 
     def _check_horizon(self, env: Environment, updater: Updater) -> None:
         horizon, needed = env.horizon, self.cfg.segment_length + 2 * updater.margin
@@ -221,8 +264,8 @@ class _Builder:
         about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
         preferences = Preferences(about)
         if self.cfg.import_preferences is not None:
-            imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences))
-            _refuse(lambda: preferences.extend(imported))
+            imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences), "import_preferences")
+            _refuse(lambda: preferences.extend(imported), "import_preferences")
         return preferences
 
     def _loggers(self) -> Loggers:
@@ -235,14 +278,27 @@ class _Builder:
     def _oracle(self) -> OracleCurve | None:
         given = self.cfg.oracle
         path = Path(given or f"experiments/results/oracle/{self.choices.get('env')}.csv")
-        if given is None and not path.exists():
-            return None
-        return _refuse(lambda: OracleCurve(path))
+        if not path.exists():
+            if given is None:
+                return None
+            raise ConfigError(
+                f"oracle={given}: there is no such file; expected a CSV with env_step,return, the folder of a run with "
+                "updater=oracle, or null"
+            )
+        return _refuse(lambda: OracleCurve(path), "oracle")
 
     def _callback(self) -> Any:
-        from stable_baselines3.common.callbacks import CallbackList
+        from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
-        callbacks = _refuse(lambda: [instantiate(node) for node in self.cfg.callbacks])
+        callbacks = []
+        for i, node in enumerate(self.cfg.callbacks):
+            callback = _refuse(lambda: instantiate(node, _convert_="all"), f"callbacks[{i}]")  # noqa: B023
+            if not isinstance(callback, BaseCallback):
+                raise ConfigError(
+                    f"callbacks[{i}]._target_={node['_target_']} makes a {type(callback).__name__}; expected a "
+                    "callback of Stable-Baselines3 (a subclass of BaseCallback)"
+                )
+            callbacks.append(callback)
         return CallbackList(callbacks) if callbacks else None
 
 
@@ -268,8 +324,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
-    write_atomically(run_dir / "command.txt", (" ".join(sys.argv) + "\n").encode())
+def _write_origin(run_dir: Path, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> None:
+    write_atomically(run_dir / "command.txt", (command_line(overrides) + "\n").encode())
     write_atomically(run_dir / "versions.json", json.dumps(versions(), indent=1).encode())
     _write_config(run_dir, cfg, choices)
 

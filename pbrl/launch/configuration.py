@@ -6,6 +6,7 @@ signature of what it names, and every other key against the default config.
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import inspect
 import logging
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it prints what we raise
 
@@ -29,18 +30,27 @@ PASSED = {
     "reward": {"obs_dim", "act_dim", "seed"},
     "logger": {"run_dir", "run_config", "choices"},
 }
-TYPES = {
-    "total_steps": int,
-    "seed": int,
-    "run_dir": str | None,
-    "resume": str | None,
-    "device": str,
-    "threads": int | None,
-    "segment_length": int,
-    "checkpoint_every": int,
-    "log_every": int,
-    "oracle": str | None,
-    "import_preferences": str | None,
+TYPES = {  # of train.yaml's own keys, with the smallest value allowed
+    "total_steps": (int, 1),
+    "seed": (int, 0),
+    "run_dir": (str | None, None),
+    "resume": (str | None, None),
+    "device": (str, None),
+    "threads": (int | None, 1),
+    "segment_length": (int, 1),
+    "checkpoint_every": (int, 1),
+    "log_every": (int, 1),
+    "oracle": (str | None, None),
+    "import_preferences": (str | None, None),
+    "trust": (list[str], None),
+    "callbacks": (list[Any], None),
+}
+LARGEST_SEED = 2**32 - 1
+# parameters that the loop passes to a function that is itself the teacher, the query rule or the updater
+ROLES = {
+    "teacher": ("query",),
+    "query": ("candidates", "count", "reward", "asked", "rng"),
+    "updater": ("reward", "preferences", "session"),
 }
 MAY_CHANGE = ("total_steps", "checkpoint_every", "threads", "device", "eval.episodes")  # when a run is resumed
 
@@ -60,12 +70,12 @@ def register_resolvers() -> None:
 
     def by_suite(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         name = suite(_root_.env._target_)
-        return values[name] if name in values else values["other"]
+        return _node(values[name] if name in values else values["other"])
 
     def by_task(values: Mapping[str, Any], default: Any, *, _root_: DictConfig) -> Any:
         env = _root_.env
         names = [str(env.get("task")), f"{env.get('domain')}-{env.get('task')}"]
-        return next((values[name] for name in names if name in values), default)
+        return _node(next((values[name] for name in names if name in values), default))
 
     def at_least(value: Any, bound: float) -> bool:
         return isinstance(value, int | float) and value >= bound  # what is no number is refused later, by name
@@ -75,74 +85,170 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
 
 
+def _node(value: Any) -> Any:
+    """A list or table as OmegaConf's own, which alone it can put in the place of an interpolation."""
+    return OmegaConf.create(value) if isinstance(value, list | dict) else value
+
+
 def options(group: str) -> list[str]:
     """The shipped options of a group."""
     folder = CONF / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist, with the closest one and all there are."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return ConfigError(f"{what} {name} does not exist; {hint}there are: {', '.join(known)}")
+    there = f"there are: {', '.join(known)}" if known else "there are none here"
+    return ConfigError(f"{what} {name} does not exist; {hint}{there}")
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, complete: bool = True) -> None:
     """Refuse keys that nothing reads, values that are missing, and values of the wrong type.
+
+    Args:
+        complete: whether values that must be given (`???`) may not be missing.
 
     Raises:
         ConfigError: naming the key, its value, what is expected, and for a misspelt key all that exist.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
     default = OmegaConf.load(CONF / "train.yaml")
     assert isinstance(default, DictConfig)
     top = ({str(key) for key in default} - {"defaults", "hydra"}) | set(GROUPS)
+    for key in sorted(top - {str(key) for key in cfg}):
+        raise ConfigError(f"{key} is missing; it cannot be taken out with ~{key}, only set to another value")
+    _check_resolves(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing and complete:
+        raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
     for key in map(str, cfg):
         if key not in top:
-            raise _unknown("key", key, top)
-    for key, kind in TYPES.items():
-        _check_type(key, cfg.get(key), kind)
+            raise unknown("key", key, top)
+    for key, (kind, least) in TYPES.items():
+        _check_type(key, cfg[key], kind)
+        if least is not None and cfg[key] is not None and cfg[key] < least:
+            null = ", or null" if type(None) in typing.get_args(kind) else ""
+            raise ConfigError(f"{key}={cfg[key]}; expected at least {least}{null}")
+    if cfg.seed > LARGEST_SEED:
+        raise ConfigError(f"seed={cfg.seed}; expected 0 to {LARGEST_SEED}")
     for section in ("feedback", "pretraining", "eval"):
         if not isinstance(cfg[section], DictConfig):
             raise ConfigError(
-                f"{section}={cfg[section]}; expected keys such as {section}.{next(iter(default[section]))}"
+                f"{section}={shown(cfg[section])}; expected keys such as {section}.{next(iter(default[section]))}"
             )
         for key in map(str, cfg[section]):
             if key not in default[section]:
-                raise _unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in default[section]])
+                raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in default[section]])
     for group in GROUPS:
+        if not isinstance(cfg[group], DictConfig) or (group != "logger" and "_target_" not in cfg[group]):
+            raise ConfigError(
+                f"{group}={shown(cfg[group])}; expected one of {', '.join(options(group))}, or a class of your own: "
+                f"{group}._target_=my_module.MyClass"
+            )
         check_arguments(group, cfg[group])
+    for i, callback in enumerate(cfg.callbacks):
+        if not isinstance(callback, DictConfig) or not isinstance(callback.get("_target_"), str):
+            raise ConfigError(
+                f"callbacks[{i}]={shown(callback)}; expected a table: callbacks=[{{_target_: my_module.MyCallback}}]"
+            )
+        check_arguments(f"callbacks[{i}]", callback)
+
+
+def _check_resolves(cfg: DictConfig) -> None:
+    """Each value that refers to another one, `${…}`, must lead somewhere."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationToMissingValueError:
+        pass  # said by name of what is missing
+    except OmegaConfBaseException as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{error.full_key} cannot be resolved: {reason}; expected a plain value") from error
 
 
 def check_arguments(name: str, node: Any) -> None:
     """Hold a `_target_` node, and those inside it, against the signature of what it names."""
     if not isinstance(node, DictConfig):
         return
-    if node.get("_target_") is not None:
-        _check_target(name, node)
-    for key, value in node.items():
-        check_arguments(f"{name}.{key!s}", value)
+    if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
+        if node["_target_"] is not None:
+            _check_target(name, node)
+        elif len(node) > 1:
+            first = next(key for key in node if key != "_target_")
+            raise ConfigError(f"key {name}.{first!s} does not exist: the chosen option of {name} takes none")
+    for key in node:
+        if not OmegaConf.is_missing(node, key):
+            check_arguments(f"{name}.{key!s}", node[key])
+
+
+def find_target(name: str, target: Any) -> Any:
+    """The class or function that a `_target_` names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    key = f"{name}._target_={shown(target)}"
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{key}; expected a class or function with its module, such as my_module.MyClass")
+    try:
+        found = get_object(target)
+    except Exception as error:  # Hydra wraps whatever the import raises
+        cause = error.__cause__ or error
+        reason = str(cause).split("\n")[0] or type(cause).__name__
+        raise ConfigError(
+            f"{key} cannot be imported: {reason}; expected module.Name, with the module in this folder or installed"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{key} is a {type(found).__name__}; expected a class or function in it")
+    return found
+
+
+def is_role(name: str, node: DictConfig) -> bool:
+    """Whether this `_target_` is a function that is the part itself, such as `def teacher(query)`, and builds none.
+
+    It is one if it asks for the parameters that the loop passes to such a part: its first ones have no default value
+    and are not given in the config.
+    """
+    target = find_target(name, node["_target_"])
+    if name not in ROLES or not inspect.isroutine(target):
+        return False
+    parameters = list(_parameters(target).values())
+    needed = parameters[: len(ROLES[name])]
+    return len(needed) == len(ROLES[name]) and all(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in node
+        for p in needed
+    )
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except (ValueError, TypeError):  # written in C: what it takes is not known before it is called
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
 def _check_target(name: str, node: DictConfig) -> None:
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:  # Hydra wraps whatever the import raises
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise ConfigError(f"{name}._target_={node['_target_']} cannot be imported: {reason}") from error
-    parameters = inspect.signature(target).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = set(parameters) - PASSED.get(name, set())
+    target = find_target(name, node["_target_"])
+    parameters = dict(_parameters(target))
+    if is_role(name, node):
+        for parameter in list(parameters)[: len(ROLES[name])]:
+            parameters.pop(parameter)
+    kinds = {p.kind for p in parameters.values()}
+    known = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - PASSED.get(
+        name, set()
+    )
     hints = type_hints(target)
-    for key, value in node.items():
-        if str(key).startswith("_"):
+    for key in map(str, node):
+        if key.startswith("_"):
             continue
-        if key not in known and not open_ended:
-            raise _unknown("key", f"{name}.{key!s}", [f"{name}.{parameter}" for parameter in known])
-        _check_type(f"{name}.{key!s}", value, hints.get(str(key), Any))
+        if key not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise unknown("key", f"{name}.{key}", [f"{name}.{parameter}" for parameter in known])
+        if not OmegaConf.is_missing(node, key):
+            _check_type(f"{name}.{key}", node[key], hints.get(key, Any))
+    for key in sorted(known - {str(key) for key in node}):
+        if parameters[key].default is inspect.Parameter.empty:
+            raise ConfigError(f"{name}.{key} must be given, {node['_target_']} needs it: {name}.{key}=…")
 
 
 def type_hints(target: Any) -> dict[str, Any]:
@@ -150,55 +256,79 @@ def type_hints(target: Any) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(function)
-    except (NameError, TypeError):
+    except (NameError, TypeError, AttributeError):
         return {}
 
 
+PLAIN = (int, float, bool, str, type(None))
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(shown, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _check_type(key: str, value: Any, kind: Any) -> None:
-    """Compare a plain value with int, float, bool, str, None and unions of them; other annotations are left alone."""
-    kinds = (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else (kind,)
-    )
-    if not all(k in (int, float, bool, str, type(None)) for k in kinds):
-        return
-    accepted = set(kinds) | ({int} if float in kinds else set())
-    if type(value) not in accepted:
-        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ConfigError(f"{key}={value} is a {type(value).__name__}; expected {names}")
+    """Compare a value with int, float, bool, str, None, lists of them, Literal and unions of all these.
 
-
-def first_error(arguments: list[str]) -> str | None:
-    """One line about what Hydra would refuse in these command-line overrides, or None.
-
-    Hydra explains a wrong option in a page; this composes the config beforehand to say it in a line.
+    Other annotations, and tables that build an object, are left alone.
     """
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException, MissingConfigException
+    accepted = _members(kind)
+    if accepted is None or (isinstance(value, DictConfig) and "_target_" in value):
+        return
+    if not any(_fits(value, member) for member in accepted):
+        got = "null" if value is None else _article(_word(type(value)))
+        hint = ""
+        if isinstance(value, float) and value.is_integer() and int in accepted:
+            hint = f": {key}={int(value)}"
+        raise ConfigError(f"{key}={shown(value)} is {got}; expected {' or '.join(map(_name, accepted))}{hint}")
 
-    try:
-        with initialize_config_module("pbrl.conf", version_base="1.3"):
-            compose("train", overrides=arguments)
-    except MissingConfigException as error:
-        if error.options is None or error.missing_cfg_file is None:
-            return str(error).split("\n")[0]
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return str(_unknown(f"{group} option", name, error.options))
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line for line in str(error.__cause__ or error).split("\n") if line]
-        if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
-            key = str(error.__cause__.full_key)
-            with initialize_config_module("pbrl.conf", version_base="1.3"):
-                section = OmegaConf.select(compose("train"), key.rpartition(".")[0]) if "." in key else compose("train")
-            prefix = key.rpartition(".")[0]
-            known = [f"{prefix}.{name!s}" if prefix else str(name) for name in section]
-            return str(_unknown("key", key, known))
-        return lines[0]
-    finally:
-        GlobalHydra.instance().clear()
+
+def _members(kind: Any) -> list[Any] | None:
+    """The kinds of a union, or the one kind; None if one of them says nothing that could be compared."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        parts = [_members(part) for part in typing.get_args(kind)]
+        return None if any(part is None for part in parts) else [k for part in parts if part for k in part]
+    if typing.get_origin(kind) is typing.Literal or kind in PLAIN:
+        return [kind]
+    if typing.get_origin(kind) in (list, collections.abc.Sequence):
+        return [kind]
     return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
+    if kind in PLAIN:
+        return type(value) is kind or (kind is float and type(value) is int)
+    members = _members(typing.get_args(kind)[0]) if typing.get_args(kind) else None
+    return isinstance(value, ListConfig) and (
+        members is None or all(any(_fits(item, member) for member in members) for item in value)
+    )
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(map(shown, typing.get_args(kind)))
+    if kind in PLAIN:
+        return _word(kind)
+    items = [_name(member) for member in _members(typing.get_args(kind)[0]) or []]
+    example = {"int": ", such as [256,256]", "str": ", such as [a,b]"}.get(items[0] if items else "", "")
+    return f"a list{' of ' + ' or '.join(items) if items else ''}{example}"
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word == "int" else f"a {word}"
+
+
+def _word(kind: type) -> str:
+    return {type(None): "null", ListConfig: "list", DictConfig: "table"}.get(kind, kind.__name__)
 
 
 def check_resumed(stored: DictConfig, overrides: list[str]) -> DictConfig:
@@ -207,13 +337,13 @@ def check_resumed(stored: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: naming each key that may not change.
     """
-    not_stored = ("resume=", "run_dir=", "trust=")
-    changes = [override for override in overrides if not override.lstrip("+").startswith(not_stored)]
-    refused = [c for c in changes if c.lstrip("+").split("=")[0] not in MAY_CHANGE and not c.startswith("logger")]
+    typed = [override.lstrip("+") for override in overrides]
+    changes = [o for o in typed if not o.startswith(("resume=", "run_dir=", "trust=", "replaced="))]
+    refused = [c for c in changes if c.split("=")[0] not in MAY_CHANGE and not c.startswith("logger")]
     if refused:
         raise ConfigError(
             f"a resumed run keeps its config; these cannot change: {', '.join(refused)} "
             f"(these can: {', '.join(MAY_CHANGE)}, logger). Start a new run instead"
         )
-    plain = [change.lstrip("+") for change in changes if not change.startswith("logger=")]
+    plain = [change for change in changes if not change.startswith("logger=")]
     return OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))  # type: ignore[return-value]

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from pbrl.asking import TeacherError
 from pbrl.launch.build import build
-from pbrl.launch.stored import lock
+from pbrl.launch.command import evaluate_command, train_command
+from pbrl.launch.stored import lock, trust_of
 from pbrl.loop import Stopped
 
 
@@ -67,7 +68,7 @@ def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str], locked: 
         if cfg.resume is None and not locked:
             stack.enter_context(lock(loop.run_dir))
         loop.stop, loop.on_asking = (lambda: interrupts.requested), interrupts.set_asking
-        resume = f"python -m pbrl.train resume={loop.run_dir}"
+        resume = train_command(loop.run_dir, trust_of(loop.run_dir))
         complete = False
         try:
             summary = loop.run()
@@ -111,4 +112,5 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
             print(f"  {name:30} {summary[key]:.4g}")
     print(f"  {'metrics':30} {run_dir / 'metrics.jsonl'}")
     print(f"  {'checkpoints':30} {run_dir / 'checkpoints'}")
-    print(f"  {'watch it':30} python -m pbrl.evaluate {run_dir} --video")
+    trust = trust_of(run_dir, ("env", "agent", "reward"))
+    print(f"  {'watch it':30} {evaluate_command(run_dir, trust, '--video')}")

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.files import foreign_entry, open_in_place, read_yaml
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError
-from pbrl.launch.constructors import check_stored
+from pbrl.launch.constructors import check_stored, needs_trust
 
 MOVED = {  # modules whose classes stored configs name by their places of before version 0.2
     "pbrl.agent": "pbrl.agent.sac",
@@ -156,6 +156,12 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{name}.{key}" if name else str(key), item)
     else:
         yield name, value
+
+
+def trust_of(run_dir: Path, parts: Sequence[str] = ()) -> list[str]:
+    """What `trust=[…]` must hold for the run in this folder to be resumed, or for these parts of it to be built."""
+    stored = _parse(run_dir / "config.yaml")[0]
+    return needs_trust({key: stored[key] for key in parts or stored}, run_dir)
 
 
 def changes(before: Path, after: Path) -> list[str]:

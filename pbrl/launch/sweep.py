@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.files import open_in_place
+from pbrl.launch.command import searched
 from pbrl.launch.configuration import ConfigError, register_resolvers
 from pbrl.launch.constructors import needs_trust
 from pbrl.launch.stored import differences, lock
@@ -41,7 +43,7 @@ PLUGINS = {  # launcher option: the plug-in behind it, and the extra that instal
     "slurm": ("hydra_submitit_launcher", "sweeps"),
 }
 IN_PATH = ("env", "updater")  # chosen options that name the folders above a run's own
-NOT_IN_NAME = (*IN_PATH, "launcher", "threads", "device", "trust")  # where and how a run is computed
+NOT_IN_NAME = (*IN_PATH, "launcher", "threads", "device", "trust", "replaced")  # where and how a run is computed
 MAY_DIFFER = ("run_dir", "resume", "trust", "threads", "device", "logger")  # between two starts of one run
 NAME_LENGTH = 120  # characters; file systems allow 255 bytes
 LOCK_SECONDS = 60  # what is left of a killed sweep saves its runs and ends within this time
@@ -60,32 +62,57 @@ def launcher_error(arguments: list[str]) -> str | None:
     return None
 
 
-def run_folder(root: Path, choices: dict[str, str], overrides: list[str]) -> Path:
-    """root/<env>/<updater>/<the other overrides, sorted>: the same for the same run, whatever else is in its sweep."""
-    named = [o for o in overrides if o.lstrip("+~").split("=")[0] not in NOT_IN_NAME]
-    named.sort(key=lambda override: (not override.startswith("seed="), override))  # the seed stays where a name is cut
+def run_folder(root: Path, choices: dict[str, str], overrides: list[str], swept: Sequence[str] = ()) -> Path:
+    """root/<env>/<updater>/<the other overrides>: the seed, then what this sweep varies, then the rest, each sorted.
+
+    The same run has one folder, whatever else is in its sweep: one that is there already with the same overrides in
+    another order is taken.
+    """
+    typed = [o.lstrip("+") for o in overrides]
+    emptied = {o.partition("._target_=")[0] + "=null" for o in typed if "._target_=" in o}
+    named = [o for o in typed if o.lstrip("~").partition("=")[0] not in NOT_IN_NAME and o not in emptied]
+    named.sort(key=lambda override: (not override.startswith("seed="), override))
     full = ",".join(named) or "default"
-    name = re.sub(r"[^\w.,=+~@\[\]-]", "_", full)[:NAME_LENGTH]
-    if name != full:
-        name += "-" + hashlib.sha256(full.encode()).hexdigest()[:8]
-    return root.joinpath(*(choices.get(group, "custom") for group in IN_PATH), name)
+    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+    named.sort(key=lambda override: (not override.startswith("seed="), override.partition("=")[0] not in swept))
+    shown = ",".join(named) or "default"
+    name = re.sub(r"[^\w.,=+~@\[\]-]", "_", shown)[:NAME_LENGTH]
+    if name != shown:
+        name += f"-{digest}"
+    parent = root.joinpath(*(choices.get(group, "custom") for group in IN_PATH))
+    if not (parent / name).exists():
+        for other in parent.glob("*"):
+            if other.name.endswith(f"-{digest}") or sorted(other.name.split(",")) == sorted(name.split(",")):
+                return other
+    return parent / name
 
 
 def run_in_sweep(cfg: DictConfig, choices: dict[str, str], overrides: list[str], hydra: Any) -> dict[str, Any]:
     """Start, resume or skip one run of a sweep and wait for it; nothing that happens to it is raised.
 
     Returns:
-        folder, status (finished, skipped, failed or stopped), and the reason of the latter two.
+        folder, status (finished, skipped, failed or stopped), the reason of the latter two, and the last true return
+        and success.
     """
     cwd = Path(hydra.runtime.cwd)
-    folder = run_folder(cwd / hydra.sweep.dir, choices, overrides)
+    folder = run_folder(cwd / hydra.sweep.dir, choices, overrides, hydra.callbacks.summary.swept)
+    _note({"folder": str(folder), "status": "running", "reason": ""})
     try:
-        status, reason = _start_or_skip(cfg, choices, overrides, folder, cwd)
+        status, reason = _start_or_skip(cfg, choices, [*overrides, *searched(hydra.runtime)], folder, cwd)
     except (ConfigError, OSError, OmegaConfBaseException) as error:
         status, reason = "failed", str(error)
     shown = os.path.relpath(folder, cwd)
     print(f"{status:8} {shown}" + (f": {reason}" if reason else ""), flush=True)
-    return {"folder": shown, "status": status, "reason": reason}
+    return _outcome(folder, status, reason)
+
+
+def _outcome(folder: Path, status: str, reason: str) -> dict[str, Any]:
+    try:
+        last = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        last = {}
+    numbers = {name: last.get(f"eval/{name}") for name in ("return", "success")}
+    return {"folder": str(folder), "status": status, "reason": reason, **numbers}
 
 
 def _start_or_skip(
@@ -152,10 +179,14 @@ class Summary(Callback):
     """Hydra's callback: collects the outcome of each run, wherever it was computed, and prints them at the end.
 
     It is pickled with the jobs, so `folder`, set before that, is known to all.
+
+    Args:
+        swept: the keys that this sweep varies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, swept: Sequence[str] = ()) -> None:
         self.folder: Path | None = None
+        self.swept = tuple(swept)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
@@ -165,24 +196,77 @@ class Summary(Callback):
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.folder = Path(hydra.runtime.cwd) / hydra.sweep.dir / ".sweeps" / name
         self.folder.mkdir(parents=True)
+        _current["folder"] = self.folder
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.folder is not None:
+            _current["note"] = self.folder / f"{config.hydra.job.num}.json"
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if self.folder is not None:
-            (self.folder / f"{config.hydra.job.num}.json").write_text(json.dumps(job_return.return_value))
+        if self.folder is not None and job_return.return_value is not None:
+            _note(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        assert self.folder is not None
-        paths = sorted(self.folder.glob("*.json"), key=lambda path: int(path.stem))
-        outcomes = [json.loads(path.read_text()) for path in paths]
-        shutil.rmtree(self.folder)
-        counts = Counter(outcome["status"] for outcome in outcomes)
-        print(f"\n{len(outcomes)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-        unfinished = [outcome for outcome in outcomes if outcome["status"] in ("failed", "stopped")]
-        for outcome in unfinished:
-            print(f"  {outcome['status']} {outcome['folder']}: {outcome['reason']}")
-        if unfinished:
-            print("the same command again resumes these and skips the others")
+        if print_summary():
             raise SystemExit(1)
+
+
+_current: dict[str, Path] = {}  # folder: of this process's sweep; note: of the run that it starts now
+
+
+def _note(outcome: dict[str, Any]) -> None:
+    """Tell the sweep, on the disk, what became of the run that this process starts."""
+    if "note" in _current:
+        beside = _current["note"].with_suffix(".tmp")
+        beside.write_text(json.dumps(outcome))
+        beside.replace(_current["note"])
+
+
+def print_summary() -> bool:
+    """The table of this process's sweep; whether the same command again has something left to do."""
+    folder = _current.pop("folder")
+    paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+    outcomes = [json.loads(path.read_text()) for path in paths]
+    shutil.rmtree(folder)
+    counts = Counter(outcome["status"] for outcome in outcomes)
+    print(f"\n{len(outcomes)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    shown = [os.path.relpath(outcome["folder"]) for outcome in outcomes]
+    width = max(map(len, shown), default=0)
+    print(f"  {'':8}  {'':{width}}  {'return':>9}  {'success':>7}")
+    for outcome, name in zip(outcomes, shown, strict=True):
+        value, success = outcome.get("return"), outcome.get("success")
+        numbers = f"{'–' if value is None else f'{value:.1f}':>9}  {'–' if success is None else f'{success:.0%}':>7}"
+        print(f"  {outcome['status']:8}  {name:{width}}  {numbers}")
+    unfinished = [i for i, outcome in enumerate(outcomes) if outcome["status"] not in ("finished", "skipped")]
+    for i in unfinished:
+        if outcomes[i]["reason"]:
+            print(f"  {outcomes[i]['status']} {shown[i]}: {outcomes[i]['reason']}")
+    if unfinished:
+        print("the same command again resumes these and skips the others")
+    return bool(unfinished)
+
+
+def end_interrupted() -> None:
+    """After Ctrl-C on a sweep: wait until its runs have saved, print the summary and how to go on, and exit."""
+    if "folder" not in _current:
+        raise SystemExit(130)
+    print("\nstopping: the runs under way save and end (Ctrl-C again: leave at once)", file=sys.stderr)
+    for path in _current["folder"].glob("*.json"):
+        outcome = json.loads(path.read_text())
+        if outcome["status"] != "running":
+            continue
+        folder = Path(outcome["folder"])
+        status, reason = "stopped", "and saved"
+        try:
+            with lock(folder, LOCK_SECONDS):
+                if _is_complete(folder):
+                    status, reason = "finished", ""
+        except ConfigError:
+            status, reason = "running", "elsewhere; it goes on"
+        path.write_text(json.dumps(_outcome(folder, status, reason)))
+    print_summary()
+    print("stopped; the same command again goes on with what is left")
+    raise SystemExit(130)
 
 
 def main() -> None:
