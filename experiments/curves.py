@@ -1,7 +1,7 @@
 """Keep the curves of finished runs in git: `python -m experiments.curves RUNS… --out experiments/results/NAME.csv`.
 
 One row per evaluation: run, method, env, teacher, seed, env_step, return, success, labels, and the commit and command
-of the run. With `--oracle` the mean over the runs goes to experiments/results/oracle/<env>.csv, from where every run
+of the run. With `--oracle` the mean over the runs goes to pbrl/oracles/<env>.csv, from where every run
 reads its `eval/oracle_return`. With `--keep FOLDER` the runs themselves go there without what is large (checkpoints,
 steps, training rows): `python -m pbrl.compare FOLDER` reads them.
 """
@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+import pbrl
+
 COLUMNS = ("run", "env", "updater", "query", "teacher", "seed", "env_step", "return", "success", "labels")
-ORACLE = Path("experiments/results/oracle")
+ORACLE = pbrl.ORACLES
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pbrl.comparing import plots
 from pbrl.comparing.report import save_figure
 from pbrl.comparing.runs import ComparisonError, method_label, read_run
 from pbrl.comparing.tables import curve_rows, write_tables
+from pbrl.episodes import play
 
 SIZE = 256  # pixels, of a film strip's frames
 DPI = 200
@@ -68,16 +70,15 @@ def film_strip(agent: Any, env: Any, seed: int, frames: int) -> Strip:
 
 def _play(agent: Any, env: Any, seed: int, shown: set[int]) -> tuple[int, float, list[NDArray[np.uint8]]]:
     """Length and task return of an episode, and the frames at the steps to be shown (0 is the state after reset)."""
-    obs, _ = env.reset(seed=seed)
-    step, total, done, pictures = 0, 0.0, False, []
-    while True:
-        if step in shown:
+    steps, pictures = count(), []
+
+    def draw() -> None:
+        if next(steps) in shown:
             pictures.append(env.render(SIZE, SIZE))
-        if done:
-            return step, total, pictures
-        action, _ = agent.predict(obs, deterministic=True)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        step, total, done = step + 1, total + float(reward), terminated or truncated
+
+    played = play(env, lambda obs: agent.predict(obs, deterministic=True)[0], seed, draw)
+    draw()  # where it ended
+    return len(played), played.task_return, pictures
 
 
 def strips_figure(labels: Sequence[str], strips: Sequence[Strip], task: str) -> Figure:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.curves import write
+from pbrl.episodes import play
 from pbrl.evaluate import load_run
 from pbrl.launch.configuration import ConfigError
 from pbrl.records.checkpoint import CheckpointError
@@ -35,13 +36,7 @@ def measured(run: Path) -> dict[str, Any]:
     """Level of Q, its spread over actions, and that of bfloat16's error, for the newest checkpoint of a run."""
     agent, env = load_run(run)
     torch.manual_seed(0)  # SB3 draws actions from the global generator
-    obs, _ = env.reset(seed=0)
-    seen, done = [], False
-    while not done:
-        seen.append(obs)
-        action, _ = agent.predict(obs)
-        obs, _, terminated, truncated, _ = env.step(action)
-        done = terminated or truncated
+    seen = play(env, lambda obs: agent.predict(obs)[0], seed=0).obs
     env.close()
     observations = torch.from_numpy(np.array(seen[::EVERY], np.float32)).repeat_interleave(ACTIONS, 0)
     actions, _ = agent.actor.action_log_prob(observations)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pbrl import ORACLES
 from pbrl.comparing.curves import Comparison, gather
 from pbrl.comparing.report import write_report
 from pbrl.comparing.runs import ComparisonError, find_runs, select, wandb_runs, without_copies
@@ -37,8 +38,8 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--oracle-dir",
         type=Path,
-        default=Path("experiments/results/oracle"),
-        help="stored oracle curves, <env>.csv (default: experiments/results/oracle)",
+        default=ORACLES,
+        help="stored oracle curves, <env>.csv (default: those in pbrl/oracles)",
     )
     options.add_argument(
         "--repetitions",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pbrl.agent.sac import PreferenceSAC
+from pbrl.episodes import play
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import ConfigError, check_arguments
 from pbrl.launch.stored import read_config
@@ -61,31 +63,18 @@ def record(agent: PreferenceSAC, env: Any, seed: int, path: Path, size: int = 25
     Raises:
         RuntimeError: if this machine cannot render (the message names what to install).
     """
-    obs, _ = env.reset(seed=seed)
-    total, done = 0.0, False
     with video_writer(path) as video:
-        while not done:
-            video.append_data(env.render(size, size))
-            obs, reward, terminated, truncated, _ = env.step(act(agent, obs))
-            total += float(reward)
-            done = terminated or truncated
-    return total
+        return play(env, partial(act, agent), seed, lambda: video.append_data(env.render(size, size))).task_return
 
 
 def agreement(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, seed: int, horizon: int) -> float:
     """Rank correlation of learned and true return over the segments of one episode of the mean policy."""
-    obs, _ = env.reset(seed=seed)
-    seen, done = [], False
-    while not done:
-        action = act(agent, obs)
-        following, paid, terminated, truncated, _ = env.step(action)
-        seen.append((obs, action, paid))
-        obs, done = following, terminated or truncated
-    count = len(seen) // horizon // 2 * 2
+    played = play(env, partial(act, agent), seed)
+    count = len(played) // horizon // 2 * 2
     if count < 4:
         return float("nan")
-    rows = seen[: count * horizon]
-    parts = [torch.from_numpy(np.array([row[i] for row in rows], np.float32)) for i in range(3)]
+    columns = (np.array(column, np.float32) for column in (played.obs, played.actions, played.rewards))
+    parts = [torch.from_numpy(column[: count * horizon]) for column in columns]
     observations, actions, rewards = (part.reshape(count, horizon, *part.shape[1:]) for part in parts)
     segments, half = Segments(observations, actions), count // 2
     paired = torch.stack([rewards[:half], rewards[half:]], dim=1)

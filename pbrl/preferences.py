@@ -14,6 +14,8 @@ about; the margins are there if the run kept them (SURF's temporal crops need th
     states         float64 [N, 2, S]            optional: simulator state before the first of the H steps
     prefers_first  float32 [N]                  1 first, 0 second, 0.5 equally good; between them a soft label
     session        int64 [N]                    the feedback session in which the pair was asked
+    steps          int64 [N, 2]                 index, in its run, of the first of the H steps; −1 unknown
+    fresh          bool [N]                     the pair was about the policy of its session
     metadata       JSON: format, version, pairs, asked, horizon, versions, about (env, teacher, …)
 """
 
@@ -38,7 +40,7 @@ from pbrl import __version__
 from pbrl.types import Answer, Query, Segments, expect
 
 FILE_NAME = "preferences.npz"  # of the store inside a run directory
-FORMAT, FORMAT_VERSION = "pbrl-preferences", 1
+FORMAT, FORMAT_VERSION = "pbrl-preferences", 2  # version 1: without steps and fresh
 
 # dtype and shape of each column after its first axis; None: any
 COLUMNS: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
@@ -48,6 +50,8 @@ COLUMNS: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
     "states": (torch.float64, (2, None)),
     "prefers_first": (torch.float32, ()),
     "session": (torch.int64, ()),
+    "steps": (torch.int64, (2,)),
+    "fresh": (torch.bool, ()),
 }
 OPTIONAL = {"raw_actions", "states"}
 TIMED = ("obs", "actions", "raw_actions")  # columns with an axis of steps
@@ -70,6 +74,7 @@ class Preferences:
         self.about: dict[str, Any] = dict(about or {})
         self.asked = 0  # pairs put to the teacher, skipped ones included
         self.horizon = 0  # environment steps per segment; 0 until the first pair is added
+        self._new = torch.zeros(0, dtype=torch.bool)
         self._columns: Columns = {}  # each with room for more rows than are in use
         self._size = 0
 
@@ -115,6 +120,16 @@ class Preferences:
         return self._column("session")
 
     @property
+    def fresh(self) -> Tensor:
+        """Which pairs were about the policy of their session, in this run: bool [N]."""
+        return self._column("fresh")
+
+    @property
+    def new(self) -> Tensor:
+        """Which pairs were added by the last `add`: bool [N]. Not stored: after loading none."""
+        return self._new
+
+    @property
     def states(self) -> Tensor | None:
         """Simulator state before each segment, float64 [N, 2, S], or None if not every pair has one."""
         return self._column("states") if "states" in self._columns else None
@@ -125,12 +140,16 @@ class Preferences:
         equal = int((self.prefers_first == 0.5).sum()) if self._columns else 0
         return {"asked": self.asked, "given": self._size, "skipped": self.asked - self._size, "equal": equal}
 
-    def select(self, index: Tensor, prefers_first: Tensor) -> Preferences:
-        """A copy of the pairs at `index`, int64 [K], with these labels, float32 [K], in place of their own."""
+    def select(self, index: Tensor, prefers_first: Tensor, new: bool = True) -> Preferences:
+        """A copy of the pairs at `index`, int64 [K], with these labels, float32 [K], in place of their own.
+
+        `new`: those that are new stay so; False: none is.
+        """
         chosen = Preferences(self.about)
         chosen.asked, chosen.horizon, chosen._size = self.asked, self.horizon, len(index)
         chosen._columns = {name: self._column(name)[index] for name in self._columns}
         chosen._columns["prefers_first"] = prefers_first
+        chosen._new = self.new[index] & new
         return chosen
 
     def _column(self, name: str) -> Tensor:
@@ -140,7 +159,9 @@ class Preferences:
 
     def _segments(self, side: int) -> Segments:
         raw = self._column("raw_actions")[:, side] if "raw_actions" in self._columns else None
-        return Segments(self._column("obs")[:, side], self._column("actions")[:, side], raw)
+        step = self._column("steps")[:, side]
+        wide_step = torch.where(step < 0, -1, step - self.margin)
+        return Segments(self._column("obs")[:, side], self._column("actions")[:, side], raw, wide_step)
 
     # Adding
 
@@ -156,12 +177,13 @@ class Preferences:
         rows = _pairs(query)
         rows["prefers_first"] = answer.prefers_first
         rows["session"] = torch.full((len(query),), session)
-        given = answer.given.cpu()
+        given, before = answer.given.cpu(), len(self)
         self._append({name: value.detach().cpu()[given] for name, value in rows.items()}, query.first.horizon)
+        self._new = torch.arange(len(self)) >= before
         self.asked += len(query)
 
     def extend(self, other: Preferences) -> None:
-        """Add all pairs of another store; they keep their session numbers.
+        """Add all pairs of another store; they keep their session numbers, but are about no step of this run.
 
         Raises:
             ValueError: if the environments, segment lengths or sizes differ.
@@ -170,7 +192,9 @@ class Preferences:
         if None not in envs and envs[0] != envs[1]:
             raise ValueError(f"these preferences are about env {envs[0]!r}, those to add about {envs[1]!r}")
         if other._columns:
-            self._append({name: other._column(name) for name in other._columns}, other.horizon)
+            rows = {name: other._column(name) for name in other._columns}
+            elsewhere = {"steps": torch.full_like(rows["steps"], -1), "fresh": torch.zeros_like(rows["fresh"])}
+            self._append({**rows, **elsewhere}, other.horizon)
         self.asked += other.asked
 
     def _append(self, rows: Columns, horizon: int) -> None:
@@ -192,6 +216,7 @@ class Preferences:
             if name in common:
                 self._columns[name][self._size : end] = value
         self._size = end
+        self._new = torch.zeros(end, dtype=torch.bool)
 
     def _reserve(self, count: int) -> None:
         capacity = len(self._columns["obs"])
@@ -232,6 +257,9 @@ class Preferences:
         """
         metadata = _metadata(arrays)
         preferences = cls(metadata["about"])
+        if metadata["version"] == 1 and "session" in arrays:
+            size = len(arrays["session"])
+            arrays = {**arrays, "steps": np.full((size, 2), -1), "fresh": np.zeros(size, bool)}
         names = set(arrays) - {"metadata"}
         if names:  # none: a store to which nothing was added yet
             if unknown := names - COLUMNS.keys():
@@ -296,6 +324,9 @@ def _pairs(query: Query) -> Columns:
         rows["raw_actions"] = torch.stack(raws, 1)
     if query.states is not None:
         rows["states"] = query.states
+    unknown = torch.full((len(query),), -1)
+    rows["steps"] = torch.stack([unknown if s.step is None else s.step for s in (query.first, query.second)], 1)
+    rows["fresh"] = torch.zeros(len(query), dtype=torch.bool) if query.fresh is None else query.fresh
     return rows
 
 
@@ -336,7 +367,7 @@ def _narrow(rows: Columns, horizon: int, margin: int) -> Columns:
 
 
 def _tensor(name: str, array: np.ndarray) -> Tensor:
-    if array.dtype not in (np.float32, np.float64, np.int64):
+    if array.dtype not in (np.float32, np.float64, np.int64, np.bool_):
         raise TypeError(f"{name} has dtype {array.dtype}; expected {COLUMNS[name][0]}")
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
@@ -348,8 +379,8 @@ def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     metadata = json.loads(str(arrays["metadata"]))
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"its metadata do not say format {FORMAT!r}, so it was not written by pbrl")
-    if metadata.get("version") != FORMAT_VERSION:
-        raise ValueError(f"it has format version {metadata.get('version')!r}; this pbrl reads {FORMAT_VERSION}")
+    if metadata.get("version") not in (1, FORMAT_VERSION):
+        raise ValueError(f"it has format version {metadata.get('version')!r}; this pbrl reads 1 and {FORMAT_VERSION}")
     for name in ("pairs", "asked", "horizon"):
         if type(metadata.get(name)) is not int or metadata[name] < 0:
             raise ValueError(f"metadata {name} is {metadata.get(name)!r}; expected a count")

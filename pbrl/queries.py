@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.checks import check
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Query, Segments
@@ -37,12 +38,13 @@ class QueryRule(ABC):
     branch_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.pool < 1:
-            raise ValueError(f"query.pool={self.pool}; expected at least 1 candidate per question")
-        if self.recent_episodes is not None and self.recent_episodes < 1:
-            raise ValueError(f"query.recent_episodes={self.recent_episodes}; expected at least 1, or null for all")
-        if not 0 <= self.branch_share <= 1:
-            raise ValueError(f"query.branch_share={self.branch_share}; expected a share in [0, 1]")
+        recent = self.recent_episodes
+        check(
+            "query",
+            pool=(self.pool, self.pool >= 1, "at least 1 candidate per question"),
+            recent_episodes=(recent, recent is None or recent >= 1, "at least 1, or null for all"),
+            branch_share=(self.branch_share, 0 <= self.branch_share <= 1, "a share in [0, 1]"),
+        )
 
     @property
     def compares_members(self) -> bool:

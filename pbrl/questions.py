@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 
 from pbrl.parts import Parts
 from pbrl.queries import QueryRule, Uniform
@@ -54,21 +57,23 @@ class Questions:
         rule = Uniform() if first else parts.query
         branched = round(parts.query.branch_share * count)
         about_fresh = round(feedback.fresh_share * (count - branched)) if fresh else 0
-        questions = [
-            self._choose(rule, number, since)
-            for number, since in ((count - branched - about_fresh, 0), (about_fresh, session.fresh_from))
-            if number
-        ]
+        parts_of = ((count - branched - about_fresh, 0, False), (about_fresh, session.fresh_from, True))
+        questions = [self._choose(rule, number, since, new) for number, since, new in parts_of if number]
         if branched:
-            questions.append(session.branch_query(branched, self.segment_length, self.rng, parts.updater.margin))
-        session.fresh_asked = about_fresh + branched
+            branches = session.branch_query(branched, self.segment_length, self.rng, parts.updater.margin)
+            questions.append(_marked(branches, True))
         return Query.cat(questions)
 
-    def _choose(self, rule: QueryRule, count: int, since: int) -> Query:
+    def _choose(self, rule: QueryRule, count: int, since: int, fresh: bool) -> Query:
         """The rule's choice of `count` questions about what happened from step index `since` on."""
         parts, episodes = self.parts, self.parts.query.recent_episodes
         if episodes is not None:
             since = max(since, parts.rollouts.since_episodes(episodes))
         margin = parts.updater.margin
         candidates = parts.rollouts.query(count * rule.pool, self.segment_length, self.rng, since, margin)
-        return candidates[rule(candidates, count, parts.reward, parts.preferences, self.rng)]
+        chosen = rule(candidates, count, parts.reward, parts.preferences, self.rng)
+        return _marked(candidates[chosen], fresh)
+
+
+def _marked(query: Query, fresh: bool) -> Query:
+    return replace(query, fresh=torch.full((len(query),), fresh))

@@ -107,6 +107,7 @@ class Rollouts:
             torch.from_numpy(self.obs[index]),
             torch.from_numpy(self.actions[index]),
             torch.from_numpy(self.raw_actions[index]),
+            torch.from_numpy(np.array(starts, np.int64)),
         )
 
     def _draw(self, count: int, horizon: int, rng: np.random.Generator, since: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pbrl.checks import check
+
+SCHEDULES = ("constant", "decay", "increase")
 NEVER = 2**62  # an environment step that does not come, even if total_steps is raised later
 
 
@@ -38,20 +41,21 @@ class Feedback:
     video: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("budget", "per_session", "every", "memory_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"feedback.{name}={getattr(self, name)}; expected at least 1")
+        check(
+            "feedback",
+            budget=(self.budget, self.budget >= 1, "at least 1"),
+            per_session=(self.per_session, self.per_session >= 1, "at least 1"),
+            every=(self.every, self.every >= 1, "at least 1"),
+            memory_steps=(self.memory_steps, self.memory_steps >= 1, "at least 1"),
+            schedule=(self.schedule, self.schedule in SCHEDULES, "constant, decay or increase"),
+            fresh_steps=(self.fresh_steps, self.fresh_steps is None or self.fresh_steps >= 0, "at least 0, or null"),
+            fresh_share=(self.fresh_share, 0 <= self.fresh_share <= 1, "a share in [0, 1]"),
+        )
         if self.budget < self.per_session:
             raise ValueError(
                 f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
                 "raise the one or lower the other"
             )
-        if self.schedule not in ("constant", "decay", "increase"):
-            raise ValueError(f"feedback.schedule={self.schedule}; expected constant, decay or increase")
-        if self.fresh_steps is not None and self.fresh_steps < 0:
-            raise ValueError(f"feedback.fresh_steps={self.fresh_steps}; expected at least 0, or null")
-        if not 0 <= self.fresh_share <= 1:
-            raise ValueError(f"feedback.fresh_share={self.fresh_share}; expected a share in [0, 1]")
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
         """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""
@@ -76,9 +80,11 @@ class Evaluation:
     video: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name}={getattr(self, name)}; expected at least 1")
+        check(
+            "eval",
+            every=(self.every, self.every >= 1, "at least 1"),
+            episodes=(self.episodes, self.episodes >= 1, "at least 1"),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,12 @@ class Pretraining:
     bounded: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.nearest < 1 or self.updates < 0:
-            raise ValueError(f"{self}: expected steps ≥ 0, nearest ≥ 1, updates ≥ 0")
+        check(
+            "pretraining",
+            steps=(self.steps, self.steps >= 0, "at least 0"),
+            nearest=(self.nearest, self.nearest >= 1, "at least 1"),
+            updates=(self.updates, self.updates >= 0, "at least 0"),
+        )
 
 
 @dataclass

@@ -29,17 +29,16 @@ class AgentSession:
         self.fresh_from = 0  # index of the first step of this session's fresh rollouts
         self.fresh_to = 0
         self.new_pairs = 0  # answered in this session
-        self.fresh_asked = 0  # the last questions of this session, those about the present policy
-        self.fresh_pairs = 0  # of them, those answered
+        self.fresh_pairs = 0  # of them, those about the present policy
 
     def begin(self) -> None:
         """A new session: nothing is fresh yet."""
         self.fresh_from = self.fresh_to = self.rollouts.total
 
-    def take_in(self, answer: Answer) -> None:
+    def take_in(self, query: Query, answer: Answer) -> None:
         """The session's questions were answered."""
         self.new_pairs = int(answer.given.sum())
-        self.fresh_pairs = int(answer.given[len(answer.given) - self.fresh_asked :].sum())
+        self.fresh_pairs = 0 if query.fresh is None else int((answer.given & query.fresh).sum())
 
     @property
     def env_step(self) -> int:

@@ -38,6 +38,7 @@ class Segments:
     obs: Tensor  # float32 [B, H, obs_dim]
     actions: Tensor  # float32 [B, H, act_dim], each entry in [-1, 1]
     raw_actions: Tensor | None = None  # float32 [B, H, act_dim]: the Gaussian sample whose tanh is `actions`
+    step: Tensor | None = None  # int64 [B]: index in the run of each segment's first step; −1: unknown
 
     def __post_init__(self) -> None:
         expect("Segments.obs", self.obs, torch.float32, (None, None, None))
@@ -45,6 +46,8 @@ class Segments:
         expect("Segments.actions", self.actions, torch.float32, (size, horizon, None))
         if self.raw_actions is not None:
             expect("Segments.raw_actions", self.raw_actions, torch.float32, tuple(self.actions.shape))
+        if self.step is not None:
+            expect("Segments.step", self.step, torch.int64, (size,))
 
     def __len__(self) -> int:
         return self.obs.shape[0]
@@ -53,7 +56,10 @@ class Segments:
         """The chosen segments; `index` is a slice, a list or an integer array over the first axis."""
         index = index if isinstance(index, slice) else torch.as_tensor(np.asarray(index))
         return Segments(
-            self.obs[index], self.actions[index], None if self.raw_actions is None else self.raw_actions[index]
+            self.obs[index],
+            self.actions[index],
+            None if self.raw_actions is None else self.raw_actions[index],
+            None if self.step is None else self.step[index],
         )
 
     @property
@@ -64,16 +70,22 @@ class Segments:
     def steps(self, start: int, stop: int) -> Segments:
         """The same segments cut to the steps [start, stop)."""
         raw = None if self.raw_actions is None else self.raw_actions[:, start:stop]
-        return Segments(self.obs[:, start:stop], self.actions[:, start:stop], raw)
+        step = None if self.step is None else torch.where(self.step < 0, -1, self.step + start)
+        return Segments(self.obs[:, start:stop], self.actions[:, start:stop], raw, step)
 
     @staticmethod
     def cat(parts: list[Segments]) -> Segments:
-        """One batch from several of the same horizon; `raw_actions` are kept only if every part has them."""
+        """One batch from several of the same horizon; `raw_actions` are kept only if every part has them.
+
+        So is `step` if any part has it: the others' is unknown.
+        """
         raws = [part.raw_actions for part in parts]
+        steps = [torch.full((len(part),), -1) if part.step is None else part.step for part in parts]
         return Segments(
             torch.cat([part.obs for part in parts]),
             torch.cat([part.actions for part in parts]),
             None if any(raw is None for raw in raws) else torch.cat([raw for raw in raws if raw is not None]),
+            None if all(part.step is None for part in parts) else torch.cat(steps),
         )
 
 
@@ -87,6 +99,7 @@ class Query:
     mean_task_reward: float = float("nan")  # task reward per step, averaged over the agent's last ten episodes
     states: Tensor | None = None  # float64 [N, 2, S]: simulator state before each segment's first action
     context: tuple[Segments, Segments] | None = None  # the same pairs with extra steps before and after (SURF's crops)
+    fresh: Tensor | None = None  # bool [N]: the pair is about the present policy; None: no pair is
 
     def __post_init__(self) -> None:
         if self.first.obs.shape != self.second.obs.shape:
@@ -95,6 +108,8 @@ class Query:
         expect("Query.task_rewards", self.task_rewards, torch.float32, (size, 2, horizon))
         if self.states is not None:
             expect("Query.states", self.states, torch.float64, (size, 2, None))
+        if self.fresh is not None:
+            expect("Query.fresh", self.fresh, torch.bool, (size,))
 
     def __len__(self) -> int:
         return len(self.first)
@@ -109,6 +124,7 @@ class Query:
             task_rewards=self.task_rewards[index],
             states=None if self.states is None else self.states[index],
             context=None if self.context is None else (self.context[0][index], self.context[1][index]),
+            fresh=None if self.fresh is None else self.fresh[index],
         )
 
     @staticmethod
@@ -116,6 +132,7 @@ class Query:
         """One query from several; states and context are kept only if every part has them."""
         states = [part.states for part in parts]
         contexts = [part.context for part in parts]
+        fresh = [torch.zeros(len(part), dtype=torch.bool) if part.fresh is None else part.fresh for part in parts]
         return Query(
             Segments.cat([part.first for part in parts]),
             Segments.cat([part.second for part in parts]),
@@ -128,6 +145,7 @@ class Query:
                 Segments.cat([c[0] for c in contexts if c is not None]),
                 Segments.cat([c[1] for c in contexts if c is not None]),
             ),
+            None if all(part.fresh is None for part in parts) else torch.cat(fresh),
         )
 
 

@@ -47,7 +47,7 @@ def test_training_does_not_notice_when_the_task_reward_is_poisoned(tmp_path: Pat
 
 
 def test_segments_cannot_hold_a_reward() -> None:
-    assert set(Segments.__dataclass_fields__) == {"obs", "actions", "raw_actions"}
+    assert set(Segments.__dataclass_fields__) == {"obs", "actions", "raw_actions", "step"}
 
 
 def test_the_poison_would_be_noticed_if_it_were_used(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from envs.pointmass import PointMass, optimal_action
+from pbrl.episodes import play
 from pbrl.records.evaluation import episode
 from tests.conftest import finish, tiny_loop
 
@@ -75,26 +76,14 @@ def random_returns(seeds: range) -> np.ndarray:
     """Returns of uniformly random actions from the starts that these seeds give."""
     rng, env, found = np.random.default_rng(0), PointMass(), []
     for seed in seeds:
-        env.reset(seed=seed)
-        total, done = 0.0, False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 2).astype(np.float32))
-            total, done = total + float(reward), terminated or truncated
-        found.append(total)
+        found.append(play(env, lambda obs: rng.uniform(-1, 1, 2).astype(np.float32), seed).task_return)
     return np.array(found)
 
 
 def optimal_returns(seeds: range) -> np.ndarray:
     """Returns of the optimal policy from the same starts."""
-    env, found = PointMass(), []
-    for seed in seeds:
-        obs, _ = env.reset(seed=seed)
-        total, done = 0.0, False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(optimal_action(obs))
-            total, done = total + float(reward), terminated or truncated
-        found.append(total)
-    return np.array(found)
+    env = PointMass()
+    return np.array([play(env, optimal_action, seed).task_return for seed in seeds])
 
 
 def test_the_permutation_test_is_calibrated() -> None:

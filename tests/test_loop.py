@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.asking import TeacherError
 from pbrl.interfaces import as_teacher
+from pbrl.preferences import Preferences
 from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import Feedback
 from pbrl.types import Answer, Query, Teacher
@@ -78,19 +79,23 @@ def test_fresh_pairs_are_collected_without_learning_and_their_updates_made_up_fo
 def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: str, fresh: int) -> None:
     loop = tiny_loop(tmp_path / "run", "updater.pairs=fresh", f"feedback.fresh_share={share}", "total_steps=900")
     seen: list[int] = []
-    teacher, session = loop.parts.teacher, loop.session
+    teacher, session, rollouts = loop.parts.teacher, loop.session, loop.parts.rollouts
 
     def spy(query: Query) -> Answer:
-        steps = {row.numpy().tobytes() for episode in session.fresh() for row in episode.obs[0]}
-        about = [obs.numpy().tobytes() in steps for obs in query.first.obs[:, 0]]
-        assert all(about[5 - session.fresh_asked :]), "those about fresh steps come last"
-        seen.append(session.fresh_asked)
+        assert query.fresh is not None
+        for side in (query.first, query.second):
+            assert side.step is not None
+            assert bool((side.step[query.fresh] >= session.fresh_from).all())
+            assert np.array_equal(side.obs[:, 0].numpy(), rollouts.obs[side.step % rollouts.capacity])
+        seen.append(int(query.fresh.sum()))
         return teacher(query)
 
     loop.parts.teacher = as_teacher(spy)
     finish(loop)
     assert seen == [0, fresh, fresh], "the first session has no fresh steps"
     assert session.fresh_pairs == fresh
+    stored = Preferences.load(tmp_path / "run" / "preferences.npz")
+    assert [int(stored.fresh[stored.session == session].sum()) for session in range(3)] == seen
 
 
 def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:

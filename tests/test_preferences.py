@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_reading_copies_nothing_and_growth_is_amortised() -> None:
 def test_no_task_reward_can_be_stored() -> None:
     arrays = filled(raw=True, states=True).state()  # its query's task rewards are NaN
     assert arrays.keys() == {
-        "obs", "actions", "raw_actions", "states", "prefers_first", "session", "metadata",
+        "obs", "actions", "raw_actions", "states", "prefers_first", "session", "steps", "fresh", "metadata",
     }  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def change_metadata(**values: Any) -> Any:
         (change("session", np.array(["x"] * 6)), "session has dtype"),
         (change("metadata", np.array("[]")), "not written by pbrl"),
         (change("metadata", np.array("{")), "not an intact"),
-        (change_metadata(version=2), "format version 2"),
+        (change_metadata(version=3), "format version 3"),
         (change_metadata(horizon=0), "segments of 0 steps"),
         (change_metadata(horizon=3), "centre of 4"),
         (change_metadata(horizon="4"), "metadata horizon is '4'"),
@@ -481,7 +482,7 @@ journal = AnswerJournal(sys.argv[1])
 for i in range(10**6):
     side = Segments(torch.full((20, 2, 1), float(i)), torch.zeros(20, 2, 1))
     teacher = as_teacher(lambda query: Answer(torch.ones(20), torch.ones(20).bool()))
-ask(teacher, Query(side, side, torch.zeros(20, 2, 2)), journal)
+    ask(teacher, Query(side, side, torch.zeros(20, 2, 2)), journal)
     print(i, flush=True)
 """
 
@@ -552,3 +553,61 @@ def test_a_state_that_is_no_json_is_the_teacher_s_fault(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"state_dict\(\) of teacher .*Coin is not plain JSON"):
         ask(teacher, query(2), AnswerJournal(tmp_path / "j"))
     assert (tmp_path / "j").read_text() == ""
+
+
+def test_pairs_remember_their_steps_and_which_are_fresh_and_new(tmp_path: Path) -> None:
+    asked = query(4)
+    asked = replace(
+        asked,
+        first=replace(asked.first, step=torch.tensor([5, 6, -1, 8])),
+        second=replace(asked.second, step=torch.tensor([50, 60, 70, 80])),
+        fresh=torch.tensor([False, True, False, True]),
+    )
+    store = Preferences()
+    given = Answer(torch.ones(4), torch.tensor([True, True, True, False]))
+    store.add(asked, given, 0)
+    assert store.new.tolist() == [True] * 3
+    store.add(asked, given, 1)
+    assert store.new.tolist() == [False] * 3 + [True] * 3
+    assert store.fresh.tolist() == [False, True, False] * 2
+    assert store.first.step.tolist() == [5, 6, -1] * 2  # type: ignore[union-attr]
+    store.save(tmp_path / "p.npz")
+    again = Preferences.load(tmp_path / "p.npz")
+    assert again.second.step.tolist() == [50, 60, 70] * 2  # type: ignore[union-attr]
+    assert again.fresh.tolist() == store.fresh.tolist()
+    assert not again.new.any()
+    picked = store.select(torch.tensor([1, 4]), torch.zeros(2))
+    assert (picked.new.tolist(), picked.fresh.tolist()) == ([False, True], [True, True])
+    assert not store.select(torch.tensor([1, 4]), torch.zeros(2), new=False).new.any()
+    elsewhere = Preferences()
+    elsewhere.extend(again)
+    assert not elsewhere.fresh.any()
+    assert set(elsewhere.first.step.tolist()) == {-1}  # type: ignore[union-attr]
+
+
+def test_margins_shift_the_remembered_steps() -> None:
+    wide = query(2, horizon=6)
+    sides = [replace(side, step=torch.tensor([10, -1])) for side in (wide.first, wide.second)]
+    asked = replace(
+        wide,
+        first=sides[0].steps(1, 5),
+        second=sides[1].steps(1, 5),
+        context=(sides[0], sides[1]),
+        task_rewards=wide.task_rewards[:, :, 1:5],
+    )
+    store = Preferences()
+    store.add(asked, Answer(torch.ones(2), torch.ones(2) > 0), 0)
+    assert store.first.step.tolist() == [11, -1]  # type: ignore[union-attr]
+    assert store.wide_first.step.tolist() == [10, -1]  # type: ignore[union-attr]
+
+
+def test_a_file_of_before_steps_were_kept_is_read(tmp_path: Path) -> None:
+    store = Preferences()
+    store.add(query(3), Answer(torch.ones(3), torch.ones(3) > 0), 2)
+    arrays = store.state()
+    metadata = {**json.loads(str(arrays["metadata"])), "version": 1}
+    old = {name: value for name, value in arrays.items() if name not in ("steps", "fresh", "metadata")}
+    np.savez(tmp_path / "old.npz", **old, metadata=np.array(json.dumps(metadata)))
+    again = Preferences.load(tmp_path / "old.npz")
+    assert set(again.first.step.tolist()) == {-1}  # type: ignore[union-attr]
+    assert not again.fresh.any()

@@ -361,16 +361,19 @@ def test_pending_questions_remember_which_of_them_are_about_fresh_steps(tmp_path
     with pytest.raises(Stopped):
         loop.run()
     loop.close(False)
-    asked = loop.session.fresh_asked
     assert loop.pending is not None
-    assert 0 < asked < len(loop.pending)
+    assert loop.pending.fresh is not None
+    assert 0 < int(loop.pending.fresh.sum()) < len(loop.pending)
     resumed = made(tmp_path / "a", resume=True)
-    assert resumed.session.fresh_asked == asked
+    assert resumed.pending is not None
+    assert torch.equal(resumed.pending.fresh, loop.pending.fresh)  # type: ignore[arg-type]
+    assert torch.equal(resumed.pending.second.step, loop.pending.second.step)  # type: ignore[arg-type]
     resumed.stop = lambda: resumed.sessions > 1
     with pytest.raises(Stopped):
         resumed.run()
     resumed.close(False)
-    assert resumed.session.fresh_pairs == asked
+    latest = resumed.parts.preferences.session == 1
+    assert torch.equal(resumed.parts.preferences.fresh[latest], loop.pending.fresh)
 
 
 def made_pending(run: Path) -> bool:

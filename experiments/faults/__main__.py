@@ -1,6 +1,6 @@
 """Break runs in every way known, go on with them, and compare with runs that nothing happened to.
 
-    python -m experiments.faults [--kills 52] [--out experiments/faults]
+    python -m experiments.faults [--kills 52] [--out experiments/results/faults]
 
 Writes table.md and table.csv: fault, times, outcome. A fault's outcome is "same" if the run, continued, equals the
 undisturbed one bit for bit (see `same.py`), and "one error" if the process ended with exit code 1 or 2, one message
@@ -391,7 +391,7 @@ def write(rows: list[Row], out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=52, help="how many times kill -9")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/faults"))
     parser.add_argument("--only", default="", help="run only the groups whose name contains this")
     options = parser.parse_args()
     os.environ["WANDB_MODE"] = "offline"

@@ -85,7 +85,7 @@ def main() -> int:
         loop.stop = read
         loop.run()
         loop.close(True)
-    with (Path(__file__).parent / "memory.csv").open("w", newline="") as file:
+    with Path("experiments/results/faults/memory.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["env_step", "resident_mb"], *((step, f"{mb:.1f}") for step, mb in readings)])
     warm = [mb for step, mb in readings if step >= WARM_UP]
     growth = max(warm) / warm[0] - 1

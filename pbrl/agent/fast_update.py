@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +25,25 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pbrl.agent.networks import LOG_SQRT_2PI, SQUASH_EPSILON, ResidualBlock, SquashedStdActor, Standardised, lowest
-
-if TYPE_CHECKING:
-    from pbrl.agent.replay import Batch
-    from pbrl.agent.sac import PreferenceSAC
+from pbrl.agent.replay import Batch, RelabelReplay
 
 masked = torch.ops.aten.threshold_backward  # gradient where the activation is positive, else 0
+
+
+class Learner(Protocol):
+    """What the update needs of an agent: `pbrl.agent.sac.PreferenceSAC`."""
+
+    actor: Any
+    critic: Any
+    critic_target: Any
+    gamma: float
+    device: Any
+    noise: torch.Generator
+    replay_buffer: RelabelReplay
+    log_ent_coef: Any
+    ent_coef_tensor: Any
+
+    def move_temperature(self, log_prob: Tensor) -> None: ...
 
 
 class FusedAdam:
@@ -284,7 +297,7 @@ class FastUpdate:
         dtype: of the hidden layers' products: float32 or bfloat16.
     """
 
-    def __init__(self, agent: PreferenceSAC, dtype: torch.dtype) -> None:
+    def __init__(self, agent: Learner, dtype: torch.dtype) -> None:
         self.agent = agent
         actor: Any = agent.actor
         self.log_std_range = getattr(actor, "log_std_range", None)
@@ -453,7 +466,7 @@ class FastUpdate:
         return gradient
 
 
-def supports(agent: PreferenceSAC) -> bool:
+def supports(agent: Learner) -> bool:
     """Whether `FastUpdate` can differentiate actor and critics: own or SB3's actor, flat inputs, known `steps`."""
     actor, critic = agent.actor, agent.critic
     return (

@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.utils import set_random_seed
 
+from pbrl import ORACLES
 from pbrl.asking import AnswerJournal
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
@@ -277,7 +278,7 @@ class _Builder:
 
     def _oracle(self) -> OracleCurve | None:
         given = self.cfg.oracle
-        path = Path(given or f"experiments/results/oracle/{self.choices.get('env')}.csv")
+        path = Path(given) if given else ORACLES / f"{self.choices.get('env')}.csv"
         if not path.exists():
             if given is None:
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from scipy.stats import spearmanr
 
 from pbrl.agent.sac import PreferenceSAC
+from pbrl.episodes import play
 from pbrl.losses import calibration_error, correct
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query
@@ -31,17 +33,9 @@ def episode(
 
     Success is None where the task does not define it. `states`, if given, receives the simulator's state at each step.
     """
-    obs, _ = env.reset(seed=seed)
-    total, success, done = 0.0, None, False
-    while not done:
-        if states is not None:
-            states.append(env.get_state())
-        obs, reward, terminated, truncated, info = env.step(act(agent, obs))
-        total += float(reward)
-        if "success" in info:
-            success = bool(success) or float(info["success"]) > 0
-        done = terminated or truncated
-    return total, success
+    keep = (lambda: None) if states is None else (lambda: states.append(env.get_state()))
+    played = play(env, partial(act, agent), seed, keep)
+    return played.task_return, played.success
 
 
 def evaluate(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from pbrl.agent.exploration import StateEntropy
 from pbrl.parts import Parts
@@ -13,8 +15,9 @@ from pbrl.preferences import Preferences
 from pbrl.records.checkpoint import Loaded, StepLog, global_generators, restore_global_generators, save_checkpoint
 from pbrl.records.diary import Diary
 from pbrl.records.wire import pack_query, unpack_query
+from pbrl.rollouts import Rollouts
 from pbrl.schedule import Due
-from pbrl.types import Query
+from pbrl.types import Query, Segments
 
 
 class Fresh(Protocol):
@@ -22,7 +25,6 @@ class Fresh(Protocol):
 
     fresh_from: int
     fresh_to: int
-    fresh_asked: int
 
 
 class Running(Protocol):
@@ -57,7 +59,7 @@ def save(loop: Running) -> None:
         "last": loop.diary.last,
         "rollouts": parts.rollouts.state(),
         "entropy": loop.entropy.state(),
-        "fresh": [loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked],
+        "fresh": [loop.session.fresh_from, loop.session.fresh_to],
         "rngs": [rng.bit_generator.state for rng in loop.rngs],
         "teacher": parts.teacher.state_dict(),
         "journal": parts.journal.position,
@@ -98,7 +100,9 @@ def restore(loop: Running, loaded: Loaded) -> None:
     loop.due, loop.sessions, loop.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
     loop.diary.continues(run["last"], run["seconds"])
     loop.entropy.load_state(run["entropy"])
-    loop.session.fresh_from, loop.session.fresh_to, loop.session.fresh_asked = run["fresh"]
+    loop.session.fresh_from, loop.session.fresh_to, *fresh_asked = run["fresh"]
+    if loop.pending is not None and fresh_asked:  # before version 0.2
+        loop.pending = _found_again(loop.pending, parts.rollouts, *fresh_asked)
     for rng, rng_state in zip(loop.rngs, run["rngs"], strict=True):
         rng.bit_generator.state = rng_state
     if run["teacher"] is not None:
@@ -110,3 +114,22 @@ def restore(loop: Running, loaded: Loaded) -> None:
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def _found_again(query: Query, rollouts: Rollouts, fresh: int) -> Query:
+    """A pending query of before version 0.2, which knew neither its steps nor that its last `fresh` pairs are fresh."""
+
+    def located(segments: Segments) -> Segments:
+        assert segments.raw_actions is not None
+        kept = np.arange(max(rollouts.total - rollouts.capacity, 0), rollouts.total)
+        rows = np.concatenate([rollouts.obs, rollouts.raw_actions], 1)[kept % rollouts.capacity]
+        wanted = torch.cat([segments.obs[:, 0], segments.raw_actions[:, 0]], 1).numpy()
+        hits = [np.flatnonzero((rows == row).all(1)) for row in wanted]
+        return replace(segments, step=torch.tensor([int(kept[hit[0]]) if len(hit) else -1 for hit in hits]))
+
+    return replace(
+        query,
+        first=located(query.first),
+        second=located(query.second),
+        fresh=torch.arange(len(query)) >= len(query) - fresh,
+    )

@@ -40,4 +40,5 @@ def unpack_query(arrays: Mapping[str, np.ndarray]) -> Query | None:
         mean_task_reward=float(arrays["mean_task_reward"]),
         states=torch.from_numpy(arrays["states"]) if "states" in arrays else None,
         context=(segments("wide_first"), segments("wide_second")) if "wide_first/obs" in arrays else None,
+        fresh=torch.from_numpy(arrays["fresh"]) if "fresh" in arrays else None,
     )
