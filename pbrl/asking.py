@@ -13,10 +13,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from pbrl.files import open_in_place, write_all
 from pbrl.interfaces import name_of
 from pbrl.types import Answer, Query, Teacher
 
@@ -117,9 +118,9 @@ class AnswerJournal:
 
     def __init__(self, path: str | os.PathLike[str], position: int = 0) -> None:
         self.path = Path(path)
-        self.path.touch()
-        self._entries = _intact_lines(self.path)
-        self._end = self.path.stat().st_size  # of the last intact line
+        with open_in_place(self.path) as file:
+            self._entries = _intact_lines(file)
+            self._end = file.seek(0, os.SEEK_END)  # of the last intact line
         self.position = min(position, len(self._entries))
 
     def recall(self, query: Query) -> tuple[Answer, dict[str, Any] | None] | None:
@@ -147,14 +148,14 @@ class AnswerJournal:
             self._write(b"\0" * (ROOM + ROOM_PER_PAIR * len(query)))
             yield
         finally:
-            os.truncate(self.path, self._end)
+            with open_in_place(self.path) as file:
+                file.truncate(self._end)
 
     def _write(self, data: bytes) -> None:
         """Put data behind the last line, durably."""
-        with self.path.open("r+b") as file:
+        with open_in_place(self.path) as file:
             file.seek(self._end)
-            file.write(data)
-            file.flush()
+            write_all(file, data)
             os.fsync(file.fileno())
 
     def append(self, query: Query, answer: Answer, state: dict[str, Any] | None) -> None:
@@ -172,9 +173,9 @@ class AnswerJournal:
         self.position = len(self._entries)
 
 
-def _intact_lines(path: Path) -> list[dict[str, Any]]:
+def _intact_lines(file: BinaryIO) -> list[dict[str, Any]]:
     """The journal's entries; a torn last line is removed from the file."""
-    content = path.read_bytes()
+    content = file.read()
     entries, intact = [], 0
     for line in io.BytesIO(content):
         entry = _entry(line)
@@ -183,11 +184,10 @@ def _intact_lines(path: Path) -> list[dict[str, Any]]:
         entries.append(entry)
         intact += len(line)
     if b"\n" in content[intact:-1]:
-        raise ValueError(f"{path}: line {len(entries) + 1} is damaged, and it is not the last; restore the file")
+        raise ValueError(f"{file.name}: line {len(entries) + 1} is damaged, and it is not the last; restore the file")
     if intact < len(content):
-        with path.open("r+b") as file:
-            file.truncate(intact)
-            os.fsync(file.fileno())
+        file.truncate(intact)
+        os.fsync(file.fileno())
     return entries
 
 

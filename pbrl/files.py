@@ -7,6 +7,7 @@ be written, a pipe in place of one that is about to be read, an archive that unp
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import secrets
@@ -41,9 +42,9 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def beside(path: Path) -> Path:
-    """A name in the same folder that nobody can have taken: .NAME.<random>.tmp, the suffix kept at its end."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp{path.suffix}")
+def beside(path: Path, suffix: str = "") -> Path:
+    """A name in the same folder that nobody can have taken: .NAME.<16 random hex digits>.tmp and the suffix."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp{suffix}")
 
 
 @contextlib.contextmanager
@@ -90,6 +91,20 @@ def open_in_place(path: Path, create: bool = True) -> BinaryIO:
         what = "is a second name (hard link) of another file" if stat.S_ISREG(found.st_mode) else "is no regular file"
         raise OSError(f"{path} {what}; nothing is written into it")
     return os.fdopen(handle, "r+b", buffering=0)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    view = memoryview(data)
+    while view:
+        written = file.write(view)
+        if not written:
+            raise OSError(errno.ENOSPC, "no space left", str(file.name))
+        view = view[written:]
 
 
 def make_folder(path: Path) -> Path:

@@ -23,7 +23,7 @@ from pbrl.asking import TeacherError, ask
 from pbrl.parts import Parts
 from pbrl.questions import Questions
 from pbrl.records import run_state
-from pbrl.records.checkpoint import StepLog, load_latest, non_finite
+from pbrl.records.checkpoint import StepLog, begun, load_latest, non_finite
 from pbrl.records.diary import Diary
 from pbrl.records.evaluation import OracleCurve, reward_health
 from pbrl.schedule import NEVER, Due, Evaluation, Feedback, Pretraining
@@ -256,7 +256,7 @@ class Loop:
         Raises:
             CheckpointError: if there are checkpoints and none can be used.
         """
-        if any((self.run_dir / "checkpoints").glob("[sd]*")):  # step_… and damaged_…, not the .tmp of a killed save
+        if begun(self.run_dir):
             load_latest(self.run_dir, self.step_logs, partial(run_state.restore, self))
         else:
             print(f"{self.run_dir} was stopped before its first checkpoint: from step 0 again, with the answers given")

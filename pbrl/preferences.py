@@ -22,21 +22,20 @@ about; the margins are there if the run kept them (SURF's temporal crops need th
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pbrl import __version__
+from pbrl.files import open_for_reading, printable, read_npz, replacing
 from pbrl.types import Answer, Query, Segments, expect
 
 FILE_NAME = "preferences.npz"  # of the store inside a run directory
@@ -276,16 +275,8 @@ class Preferences:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file. A crash at any moment leaves the old file or the new one, never a part."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with beside.open("wb") as file:
-                np.savez(file, **self.state())  # type: ignore[arg-type]  # numpy types **kwds as allow_pickle too
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(Path(path)) as file:
+            np.savez(file, **self.state())  # type: ignore[arg-type]  # numpy types **kwds as allow_pickle too
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preferences:
@@ -297,11 +288,11 @@ class Preferences:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no preference data set at {path}; `python -m pbrl.preferences export` makes one")
-        with Path(path).open("rb") as file:
+        with open_for_reading(Path(path)) as file:
             try:
-                return cls.from_state(_read(file))
+                return cls.from_state(read_npz(file))
             except Exception as error:  # whatever zipfile and numpy raise on a damaged file, OSError among it
-                raise ValueError(f"{path} is not an intact preference data set: {error}") from error
+                raise ValueError(f"{path} is not an intact preference data set: {printable(error)}") from error
 
 
 def _pairs(query: Query) -> Columns:
@@ -387,16 +378,6 @@ def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if not isinstance(metadata.get("about"), dict):
         raise ValueError("metadata about is not a table")
     return metadata
-
-
-def _read(file: BinaryIO) -> dict[str, np.ndarray]:
-    """All arrays of an npz, each checksum verified before its header is believed (np.load reads the header first)."""
-    with zipfile.ZipFile(file) as archive:
-        members = {name: io.BytesIO(archive.read(name)) for name in archive.namelist()}
-    return {
-        name.removesuffix(".npy"): np.lib.format.read_array(member, allow_pickle=False)
-        for name, member in members.items()
-    }
 
 
 def merge(stores: Sequence[Preferences]) -> Preferences:

@@ -10,10 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.files import open_for_reading, printable, read_npz
 from pbrl.types import Answer, Query, Teacher
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ class RecordedTeacher(Teacher):
             raise FileNotFoundError(
                 f"no recorded preferences at {path}; `python -m pbrl.preferences export RUN {path}` makes them"
             )
-        with Path(path).open("rb") as file:
+        with open_for_reading(Path(path)) as file:
             try:
                 self._labels = _read(file)
             except Exception as error:  # whatever zipfile and numpy raise on a damaged file, OSError among it
-                raise ValueError(f"{path} is not a preference data set: {error}") from error
+                raise ValueError(f"{path} is not a preference data set: {printable(error)}") from error
         self.path = path
         self._known_rate = 0.0
 
@@ -72,9 +72,9 @@ class RecordedTeacher(Teacher):
 
 def _read(file: BinaryIO) -> dict[tuple[bytes, bytes], float]:
     """Mean label of each stored pair, in both orders."""
-    with np.load(file, allow_pickle=False) as arrays:
-        horizon = json.loads(str(arrays["metadata"]))["horizon"]
-        obs, actions, labels = (arrays[name] for name in ("obs", "actions", "prefers_first"))
+    arrays = read_npz(file)
+    horizon = json.loads(str(arrays["metadata"]))["horizon"]
+    obs, actions, labels = (arrays[name] for name in ("obs", "actions", "prefers_first"))
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError("a label is outside [0, 1]")
     margin = (obs.shape[2] - horizon) // 2

@@ -106,9 +106,9 @@ def test_sb3_stays_with_the_agent() -> None:
             assert path in allowed, path
 
 
-def test_teachers_import_of_pbrl_its_types_only() -> None:
+def test_teachers_import_of_pbrl_its_types_and_files_only() -> None:
     for path in modules("teachers"):
-        assert {name for name in imports(path) if name.split(".")[0] == "pbrl"} <= {"pbrl.types"}, path
+        assert {name for name in imports(path) if name.split(".")[0] == "pbrl"} <= {"pbrl.types", "pbrl.files"}, path
 
 
 def test_environments_do_not_import_pbrl() -> None:

@@ -222,7 +222,7 @@ def test_a_key_missing_in_run_json_is_damage(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "function", ["torch.save", "np.savez", "_write_manifest", "fsync_folder", "_drop_old", "shutil.rmtree"]
+    "function", ["torch.save", "np.savez", "_write_manifest", "fsync_folder", "_drop_old", "remove_folder"]
 )
 @pytest.mark.parametrize("again", [False, True])
 def test_a_save_that_fails_anywhere_leaves_a_usable_checkpoint(

@@ -24,15 +24,16 @@ from stable_baselines3.common.utils import set_random_seed
 
 from pbrl import ORACLES
 from pbrl.asking import AnswerJournal
+from pbrl.files import printable, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
-from pbrl.launch.stored import changes, read_config
+from pbrl.launch.stored import changes, read_config, refuse_links
 from pbrl.loop import Loop
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
 from pbrl.queries import QueryRule
-from pbrl.records.checkpoint import CheckpointError, write_atomically
+from pbrl.records.checkpoint import CheckpointError, checkpoints
 from pbrl.records.evaluation import OracleCurve
 from pbrl.records.loggers import JsonLines, Loggers, Sink
 from pbrl.reward import RewardEnsemble
@@ -212,6 +213,7 @@ class _Builder:
             )
         preferences, oracle, callback = self._preferences(), self._oracle(), self._callback()
         _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
+        refuse_links(self.run_dir)
         parts = Parts(
             agent=agent,
             eval_env=eval_env,
@@ -343,17 +345,17 @@ def _compare_versions(run_dir: Path) -> None:
     try:
         before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        print(f"{path} cannot be used ({error}): the versions this run began with are unknown")
+        print(f"{path} cannot be used ({printable(error)}): the versions this run began with are unknown")
         return
     now = versions()
     changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
-        print(f"resuming with other versions, so not bit for bit: {', '.join(changed)}")
+        print(f"resuming with other versions, so not bit for bit: {printable(', '.join(changed))}")
 
 
 def _compare_configs(run_dir: Path) -> None:
     """Say which values of config.yaml were edited since the newest checkpoint."""
-    stored = [folder / "config.yaml" for folder in sorted((run_dir / "checkpoints").glob("step_*"))]
+    stored = [folder / "config.yaml" for folder in checkpoints(run_dir)]
     changed = changes(stored[-1], run_dir / "config.yaml") if stored and stored[-1].exists() else []
     if changed:
-        print(f"config.yaml was edited since the checkpoint, so not bit for bit: {', '.join(changed)}")
+        print(f"config.yaml was edited since the checkpoint, so not bit for bit: {printable(', '.join(changed))}")

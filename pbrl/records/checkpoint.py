@@ -17,7 +17,7 @@ import io
 import json
 import os
 import random
-import shutil
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,33 +26,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from pbrl.files import (
+    beside,
+    check_archive,
+    fsync_folder,
+    make_folder,
+    open_for_reading,
+    open_in_place,
+    printable,
+    read_npz,
+    remove_folder,
+    write_all,
+    write_atomically,
+)
+
 FORMAT = 2
 KEPT = 2  # checkpoints
 FILE_ROWS = 65_536  # rows in one append-only file
+NAME = re.compile(r"step_\d{12}(\.\d{3})?")  # of a checkpoint's folder
+LEFT_OVER = re.compile(r"\.step_\d{12}(\.\d{3})?\.[0-9a-f]{16}\.tmp|\.step_\d{12}(\.\d{3})?\.tmp")  # of a killed save
+JSON_BYTES = 64 * 2**20  # of manifest.json and run.json: a thousand times what they hold
 
 
 class CheckpointError(RuntimeError):
     """No checkpoint of the run can be used; the message says why, one by one."""
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside and rename: the file is either the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    fsync_folder(path.parent)
 
 
 def non_finite(values: Any, name: str = "") -> str | None:
@@ -129,17 +126,16 @@ class StepLog:
                 f"{total - self.written} steps since the last checkpoint, but the {self.name} ring holds "
                 f"{self.capacity}; lower checkpoint_every"
             )
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         start = self.written
         while self.written < total:
             index = self.written // FILE_ROWS
             last = min(total, (index + 1) * FILE_ROWS)
             data = self._pack(self.written, last)
-            with self._path(index).open("r+b" if self._path(index).exists() else "w+b") as file:
+            with open_in_place(self._path(index)) as file:
                 file.truncate((self.written - index * FILE_ROWS) * self.row_bytes)  # what a killed run left half done
                 file.seek(0, os.SEEK_END)
-                file.write(data)
-                file.flush()
+                write_all(file, data)
                 os.fsync(file.fileno())
             self.sums[index] = zlib.crc32(data, self.sums.get(index, 0))
             self.written = last
@@ -162,13 +158,15 @@ class StepLog:
         if record["row_bytes"] != self.row_bytes:
             raise ValueError(f"{self.name} rows have {record['row_bytes']} bytes; this run's have {self.row_bytes}")
         total = int(record["rows"])
+        if total < 0:
+            raise ValueError(f"{self.name} has {total} rows")
         self.sums = {int(index): int(value) for index, value in record["sums"].items()}
         first = max(total - self.capacity, 0)
         for index in range(first // FILE_ROWS, -(-total // FILE_ROWS)):
             start = index * FILE_ROWS
             size = (min(total, start + FILE_ROWS) - start) * self.row_bytes
             path = self._path(index)
-            with path.open("rb") as file:
+            with open_for_reading(path) as file:
                 data = file.read(size)
             if len(data) != size or zlib.crc32(data) != self.sums.get(index):
                 raise ValueError(f"{path.name} is damaged")
@@ -207,35 +205,49 @@ def save_checkpoint(
     """
     if found := non_finite(state):
         raise FloatingPointError(f"{found} is not finite at step {step}: the run diverged; it is not saved")
-    folder = run_dir / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    for left_over in folder.glob(".*.tmp"):  # of a save that was killed
-        shutil.rmtree(left_over)
+    folder = make_folder(run_dir / "checkpoints")
+    for path in folder.iterdir():
+        if LEFT_OVER.fullmatch(path.name):
+            remove_folder(path)
     records = {log.name: log.append(total) for log, total in logs}
     target = _unused(folder, f"step_{step:012d}")
-    beside = folder / f".{target.name}.tmp"
-    beside.mkdir()
-    (beside / "run.json").write_text(json.dumps(dict(run)))
+    new = beside(target)
+    new.mkdir()  # and nobody else knows its name: what is in there is ours
+    (new / "run.json").write_text(json.dumps(dict(run)))
     tensors = io.BytesIO()  # torch.save into a file on a full disk raises no OSError
     torch.save(dict(state), tensors)
-    (beside / "state.pt").write_bytes(tensors.getbuffer())
-    with (beside / "arrays.npz").open("wb") as file:
+    (new / "state.pt").write_bytes(tensors.getbuffer())
+    with (new / "arrays.npz").open("wb") as file:
         np.savez(file, **dict(arrays))  # type: ignore[arg-type]
     if (run_dir / "config.yaml").exists():
-        shutil.copyfile(run_dir / "config.yaml", beside / "config.yaml")
-    _write_manifest(beside, step, records)
-    beside.rename(target)
+        (new / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
+    _write_manifest(new, step, records)
+    new.rename(target)
     fsync_folder(folder)
-    _drop_old(folder, [log for log, _ in logs])
+    _drop_old(run_dir, [log for log, _ in logs])
     return target
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first; what else lies there is not looked at."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def begun(run_dir: Path) -> bool:
+    """Whether the run has ever saved a checkpoint, damaged ones included."""
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(NAME.match(path.name.removeprefix("damaged_")) for path in folder.iterdir())
 
 
 def _unused(folder: Path, name: str) -> Path:
     """`name`, or where the run was saved at this step before, name.001, …: no checkpoint is ever replaced."""
-    taken = sorted(path.name for path in folder.glob(f"{name}*"))
+    taken = sorted(path.name for path in folder.iterdir() if re.fullmatch(re.escape(name) + r"(\.\d{3})?", path.name))
     if not taken:
         return folder / name
-    return folder / f"{name}.{int(taken[-1].partition('.')[2] or 0) + 1:03d}"
+    return folder / f"{name}.{int(taken[-1][len(name) + 1 :] or 0) + 1:03d}"
 
 
 def _write_manifest(folder: Path, step: int, records: Mapping[str, Any]) -> None:
@@ -255,7 +267,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads(_read(folder / "manifest.json", JSON_BYTES))
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError("its manifest.json was not written by pbrl")
     if manifest["format"] != FORMAT:
@@ -265,10 +277,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _drop_old(folder: Path, logs: Sequence[StepLog]) -> None:
-    kept = sorted(folder.glob("step_*"))
+def _read(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes."""
+    with open_for_reading(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data
+
+
+def _drop_old(run_dir: Path, logs: Sequence[StepLog]) -> None:
+    kept = checkpoints(run_dir)
     for old in kept[:-KEPT]:
-        shutil.rmtree(old)
+        remove_folder(old)
     oldest = _read_manifest(kept[-KEPT:][0])
     for log in logs:
         log.forget_before(oldest["steps"][log.name]["rows"] - log.capacity)
@@ -281,13 +302,15 @@ class Loaded:
         self.folder = folder
         manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
-            data = (folder / Path(name).name).read_bytes()
+            data = _read(folder / Path(name).name, int(expected["bytes"]))
             if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-                raise ValueError(f"{name} is damaged")
-        self.run: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        self.state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
-            self.arrays = {key: stored[key] for key in stored.files}
+                raise ValueError(f"{Path(name).name} is damaged")
+        self.run: dict[str, Any] = json.loads(_read(folder / "run.json", JSON_BYTES))
+        with open_for_reading(folder / "state.pt") as file:
+            check_archive(file)
+            self.state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+        with open_for_reading(folder / "arrays.npz") as file:
+            self.arrays = read_npz(file)
         for log in logs:
             log.load(manifest["steps"][log.name])
 
@@ -305,13 +328,13 @@ def load_latest(run_dir: Path, logs: Sequence[StepLog] = (), restore: Callable[[
     """
     problems: list[str] = []
     passed_over: list[Path] = []
-    for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+    for folder in reversed(checkpoints(run_dir)):
         try:
             loaded = Loaded(folder, logs)
             if restore is not None:
                 restore(loaded)
         except Exception as error:  # any damage to any file must only lead to the previous checkpoint
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            reason = printable(f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0])
             problems.append(f"{folder.name}: {reason}")
             passed_over.append(folder)
             print(f"checkpoint {folder.name} cannot be used ({reason}); trying the one before")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pbrl.files import write_atomically
 from pbrl.parts import Parts
-from pbrl.records.checkpoint import write_atomically
 from pbrl.records.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, over_optimisation, pair_rows, rank_correlation
 from pbrl.records.loggers import plain
 from pbrl.records.videos import film_pairs, film_states

@@ -6,7 +6,6 @@ is a flat dict with `env_step`.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,6 +13,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from pbrl.files import open_in_place, write_all, write_atomically
+from pbrl.records.checkpoint import checkpoints
 
 Row = Mapping[str, float | int | str | None]
 
@@ -35,7 +37,8 @@ class JsonLines:
     """`metrics.jsonl`: one flushed line per row, never rewritten, except that resuming cuts what lies after it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)  # nothing stays behind in memory when the disk is full
+        self._file = open_in_place(path)  # unbuffered: nothing stays behind in memory when the disk is full
+        self._file.seek(0, os.SEEK_END)
 
     def sync(self) -> int:
         """Make every row durable; returns the bytes written so far."""
@@ -53,8 +56,7 @@ class JsonLines:
 
     def log(self, row: Row) -> None:
         line = json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
-        if self._file.write(line.encode()) < len(line.encode()):
-            raise OSError(errno.ENOSPC, "no space left for the log", str(self._file.name))
+        write_all(self._file, line.encode())
 
     def video(self, name: str, path: Path, env_step: int) -> None:
         self.log({"env_step": env_step, name: str(path)})
@@ -122,7 +124,7 @@ class WandB:
         self._wandb, self._run_dir, self._artifacts = wandb, run_dir, artifacts
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_atomically(id_file, secrets.token_hex(4).encode())
         names = [choices.get(key, "custom") for key in ("env", "updater", "teacher")]
         options: dict[str, Any] = {
             "project": project,
@@ -177,9 +179,9 @@ class WandB:
     def close(self, summary: Row) -> None:
         self._run.summary.update({key: plain(value) for key, value in summary.items()})
         if self._artifacts:
-            checkpoints = sorted((self._run_dir / "checkpoints").glob("step_*"))
+            newest = checkpoints(self._run_dir)[-1]
             artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint")
-            artifact.add_dir(str(checkpoints[-1]))
+            artifact.add_dir(str(newest))
             self._run.log_artifact(artifact)
         self._run.finish()
 

@@ -5,12 +5,14 @@ Drawing needs an environment that may be moved about at will: the evaluation's, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pbrl.files import beside
 from pbrl.types import Answer, Query
 
 FPS = 30
@@ -19,12 +21,19 @@ BAR = 10  # pixels, at the bottom of the preferred segment
 GREEN, GREY = (0, 158, 115), (120, 120, 120)  # legible to the colour-blind
 
 
-def video_writer(path: Path) -> Any:
-    """An mp4 (h264) to which pictures uint8 [height, width, 3] are appended; a context manager."""
+@contextlib.contextmanager
+def video_writer(path: Path) -> Iterator[Any]:
+    """An mp4 (h264) to which pictures uint8 [height, width, 3] are appended; it lies at `path` when the block ends."""
     import imageio.v2 as imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return imageio.get_writer(path, fps=FPS, codec="libx264", pixelformat="yuv420p", macro_block_size=16)
+    new = beside(path, ".mp4")  # ffmpeg would write through a link
+    try:
+        with imageio.get_writer(new, fps=FPS, codec="libx264", pixelformat="yuv420p", macro_block_size=16) as video:
+            yield video
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def film_states(env: Any, states: Sequence[np.ndarray], path: Path) -> None:
