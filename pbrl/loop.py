@@ -8,6 +8,7 @@ run could be stopped: between two steps, and while the teacher thinks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,6 +79,8 @@ class Loop:
             StepLog(self.run_dir / "steps", "replay", [agent.replay_buffer.rows]),
             StepLog(self.run_dir / "steps", "rollouts", parts.rollouts.columns),
         ]
+        parts.rollouts.write_every = min(log.capacity for log in self.step_logs)
+        parts.rollouts.write_down = self._log_steps
 
     @property
     def agent(self) -> PreferenceSAC:
@@ -143,7 +146,6 @@ class Loop:
 
     def _feedback_session(self) -> None:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
-        self._log_steps()  # a session's own steps may be many: the rings must hold them beside those before and after
         if self.pending is None:
             self.session.begin()
         metrics: dict[str, float] = {}
@@ -155,7 +157,6 @@ class Loop:
         self.sessions += 1
         metrics |= self._learn()
         self._after_update()
-        self._log_steps()
         following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
         self.due.feedback = following if self.questions.left else NEVER
         self.due.between = self._next_between()
@@ -166,7 +167,8 @@ class Loop:
         teacher = self.parts.teacher
         if self.stop():
             self._save_and_stop()
-        before = teacher.state_dict()
+        # a copy: the state may be the teacher's own lists, which grow while it answers
+        before = copy.deepcopy(teacher.state_dict())
         try:
             return ask(teacher, query, self.parts.journal, self.on_asking)
         except (TeacherError, KeyboardInterrupt) as error:
@@ -244,7 +246,7 @@ class Loop:
         raise Stopped
 
     def _log_steps(self) -> None:
-        """Write down the steps taken so far; a checkpoint will point at them."""
+        """Write down the steps taken so far, before the rings overwrite them; a checkpoint will point at them."""
         for log in self.step_logs:
             log.append(self.parts.rollouts.total)
 

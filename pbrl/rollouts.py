@@ -8,6 +8,7 @@ that a segment can be shown again, pixel for pixel, or continued from.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Rollouts:
         self.running_return = 0.0
         self.running_length = 0
         self.finished: deque[tuple[float, int]] = deque(maxlen=10)  # (task return, steps) of the last ten episodes
+        self.write_down: Callable[[], None] = lambda: None  # called before a step that would be lost is overwritten
+        self.write_every = capacity
 
     def add(
         self,
@@ -53,6 +56,8 @@ class Rollouts:
 
         A step of a branch is not `counted` in the task's running return.
         """
+        if self.total and self.total % self.write_every == 0:
+            self.write_down()
         i = self.total % self.capacity
         self.obs[i], self.actions[i], self.raw_actions[i] = obs, action, raw_action
         self.task_rewards[i], self.states[i], self.episode[i] = task_reward, state, self.episodes

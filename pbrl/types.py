@@ -164,6 +164,11 @@ class Teacher(ABC):
     """Somebody who can compare segments. Everything but the call is optional and does nothing unless overridden.
 
     A plain callable with this signature is a teacher too (see `pbrl.interfaces.as_teacher`).
+
+    What a teacher remembers (a random generator, earlier answers) is taken before each query and after its answer, so
+    that a resumed run equals an uninterrupted one. An answer given before a kill is not asked for again: the state after
+    it is loaded in its place. A query that fails or is interrupted is asked again later, after the state before it has
+    been loaded.
     """
 
     @abstractmethod
@@ -175,11 +180,15 @@ class Teacher(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What it remembers (a random generator, say), as plain JSON values, so that a run can be resumed exactly."""
+        """All that its later answers and `metrics` depend on, as plain JSON values; None: nothing.
+
+        Keys are texts, and tuples come back as lists. It may hold the teacher's own lists: it is copied or written at
+        once.
+        """
         return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Go on from what `state_dict` returned, of this teacher or of another one made with the same options."""
 
     def open(self, run_dir: Path, segment_length: int) -> None:
         """Before the first query of a run, and again when it is resumed: files of its own go into `run_dir`."""

@@ -16,13 +16,17 @@ Equal pairs make equal ids, so a server can answer a repeated request from memor
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
 import json
 import logging
 import math
+import queue
 import reprlib
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,9 +38,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pbrl.files import printable
 from pbrl.types import Answer, Query, Segments, Teacher
 
 log = logging.getLogger(__name__)
+
+HEADER_BYTES = 65_536  # of all of a reply's headers
 
 # state float64 [S], actions float32 [H, act_dim], numbers of steps taken, ascending in [0, H] -> as many pictures
 Render = Callable[[np.ndarray, np.ndarray, Sequence[int]], list[np.ndarray]]  # uint8 [height, width, 3] each
@@ -104,8 +111,8 @@ class HTTPTeacher(Teacher):
         self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
         self.pairs_per_request, self.frames, self.render = pairs_per_request, frames, render
         self._answered: dict[str, list[float | None]] = {}  # parts of the query that is being asked, by id
+        self._queries = 0  # answered
         self._retried = 0
-        self._opener = _opener(url)
 
     def __call__(self, query: Query) -> Answer:
         """The server's answers.
@@ -118,6 +125,7 @@ class HTTPTeacher(Teacher):
         for start in range(0, len(query), self.pairs_per_request):
             answers += self._ask(query[start : start + self.pairs_per_request], start)
         self._answered = {}
+        self._queries += 1
         labels = [0.5 if answer is None else answer for answer in answers]
         return Answer(torch.tensor(labels, dtype=torch.float32), torch.tensor([a is not None for a in answers]).bool())
 
@@ -126,11 +134,14 @@ class HTTPTeacher(Teacher):
         return {"teacher/http_retries": float(self._retried)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the answered parts of an unfinished query."""
-        return {"answered": self._answered}
+        """Plain JSON values: the answered parts of an unfinished query, and how many were finished before it."""
+        return {"answered": dict(self._answered), "queries": self._queries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._answered = dict(state["answered"])
+        """Go on from there; parts of the same query that were answered since are kept, or they would be asked again."""
+        queries = state.get("queries", 0)
+        self._answered = (self._answered if queries == self._queries else {}) | state["answered"]
+        self._queries = queries
 
     def _ask(self, query: Query, start: int) -> list[float | None]:
         """The answers to one part, whose first pair is the `start`-th of the whole query."""
@@ -175,12 +186,12 @@ class HTTPTeacher(Teacher):
             try:
                 return self._exchange(request, limit)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}"
+                problem = f"HTTP {error.code} {printable(error.reason)}"
                 error.close()
                 if error.code < 500 and error.code != 429:
                     raise HTTPTeacherError(f"{self.url} refused the request: {problem}") from error
             except (OSError, http.client.HTTPException) as error:  # no connection, time-out, broken reply
-                problem = str(getattr(error, "reason", None) or error or type(error).__name__)
+                problem = printable(getattr(error, "reason", None) or error or type(error).__name__)
         raise HTTPTeacherError(
             f"no answer from {self.url} after {self.retries + 1} attempts: {problem}. What was answered is kept: start "
             "the server again and go on with resume=RUN (the run's directory)"
@@ -193,18 +204,33 @@ class HTTPTeacher(Teacher):
         self._retried += 1
 
     def _exchange(self, request: urllib.request.Request, limit: int) -> bytes:
-        deadline = time.monotonic() + self.timeout
-        with self._opener.open(request, timeout=self.timeout) as response:
-            body = b""
-            while chunk := response.read1(65536):
-                body += chunk
-                if len(body) > limit:
-                    raise HTTPTeacherError(f"{self.url} sent a reply of more than {limit} bytes; expected only answers")
-                if time.monotonic() > deadline:  # a socket's own time-out starts anew with each byte
-                    raise TimeoutError(f"the reply took longer than {self.timeout} s")
-            if response.length:
-                raise http.client.IncompleteRead(body, response.length)
-            return body
+        """The reply's body, or a TimeoutError after `timeout` seconds whatever the network does meanwhile.
+
+        A socket's own time-out starts anew with each byte, and a name look-up has none: so another thread does all
+        this, and its connections are shut when the time is over.
+        """
+        sockets: list[socket.socket] = []
+        outcome: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+        def exchange() -> None:
+            try:
+                with _opener(self.url, sockets, limit).open(request, timeout=2 * self.timeout) as response:
+                    outcome.put(_read_body(response, limit, self.url))
+            except BaseException as error:  # raised below, in the caller's thread
+                outcome.put(error)
+
+        threading.Thread(target=exchange, daemon=True).start()
+        try:
+            found = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            raise TimeoutError(f"no whole reply within {self.timeout:g} s") from None
+        finally:  # Ctrl-C too
+            for connection in sockets:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def _answers(self, reply: bytes, size: int, start: int) -> list[float | None]:
         try:
@@ -229,18 +255,84 @@ def _is_label(answer: Any) -> bool:
     return type(answer) in (int, float) and not math.isnan(answer) and 0 <= answer <= 1
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Speaks http and https and nothing else; does not follow redirects, which would turn the POST into a GET."""
-    local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+def _read_body(response: Any, limit: int, url: str) -> bytes:
+    body = b""
+    while chunk := response.read1(65536):
+        body += chunk
+        if len(body) > limit:
+            raise HTTPTeacherError(f"{url} sent a reply of more than {limit} bytes; expected only answers")
+    if response.length:
+        raise http.client.IncompleteRead(body, response.length)
+    return body
+
+
+class _Bounded(io.RawIOBase):
+    """What a connection receives, up to `limit` bytes: status lines and headers count, those of `100 Continue` too."""
+
+    def __init__(self, raw: Any, limit: int) -> None:
+        self._raw, self._left, self._limit = raw, limit, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        received: int | None = self._raw.readinto(buffer)
+        self._left -= received or 0
+        if self._left < 0:
+            raise HTTPTeacherError(f"the server sent more than {self._limit} bytes; expected only answers")
+        return received
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _opener(url: str, sockets: list[socket.socket], limit: int) -> urllib.request.OpenerDirector:
+    """Speaks http and https and nothing else; does not follow redirects, which would turn the POST into a GET.
+
+    Its connections are added to `sockets`; each receives at most `limit` bytes of body and HEADER_BYTES of headers.
+    """
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+            super().__init__(sock, *args, **options)
+            self.fp.close()
+            self.fp = io.BufferedReader(_Bounded(sock.makefile("rb", buffering=0), HEADER_BYTES + limit))
+
+    class Connection(http.client.HTTPConnection):
+        response_class = Response
+
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class SecureConnection(http.client.HTTPSConnection):
+        response_class = Response
+
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class Handler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(Connection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(SecureConnection, request, context=self._context)  # type: ignore[attr-defined]
+
+    target = urlsplit(url)
+    local = target.hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler({} if local else None),  # a proxy cannot see this machine's own server
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        Handler(),
+        SecureHandler() if target.scheme == "https" else None,  # it reads all the certificates there are
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
     ):
-        opener.add_handler(handler)
+        if handler is not None:
+            opener.add_handler(handler)
     return opener
 
 

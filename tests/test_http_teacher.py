@@ -1,7 +1,10 @@
 """The remote teacher against real servers on this machine, well-behaved and not."""
 
 import base64
+import contextlib
+import copy
 import io
+import itertools
 import json
 import socket
 import subprocess
@@ -11,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -205,7 +209,7 @@ def test_refusals_are_not_repeated(status: int) -> None:
 def test_a_silent_server_times_out() -> None:
     with (
         Server(lambda number, request, handler: time.sleep(0.5)) as server,
-        pytest.raises(HTTPTeacherError, match=r"after 2 attempts: .*timed out"),
+        pytest.raises(HTTPTeacherError, match=r"after 2 attempts: no whole reply within 0\.1 s"),
     ):
         teacher(server, timeout=0.1, retries=1)(query(1))
 
@@ -218,8 +222,107 @@ def test_a_server_that_drips_times_out() -> None:
             handler.wfile.write(b" ")
             time.sleep(0.02)
 
-    with Server(reply) as server, pytest.raises(HTTPTeacherError, match=r"longer than 0\.2 s"):
+    with Server(reply) as server, pytest.raises(HTTPTeacherError, match=r"no whole reply within 0\.2 s"):
         teacher(server, timeout=0.2, retries=0)(query(1))
+
+
+def drip(connection: socket.socket, text: bytes, pause: float, size: int = 1) -> None:
+    for start in itertools.cycle(range(0, len(text), size)):
+        connection.sendall(text[start : start + size])
+        time.sleep(pause)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+SLOW: dict[str, Callable[[socket.socket], Any]] = {
+    "silence": lambda c: time.sleep(9),
+    "a status line byte by byte": lambda c: drip(c, OK, 0.2),
+    "a header byte by byte": lambda c: (c.sendall(OK), drip(c, b"X-A: " + b"a" * 60_000, 0.2))[1],
+    "header after header": lambda c: (c.sendall(OK), drip(c, b"X-A: a\r\n", 0.05, 8))[1],
+    "100 Continue for ever": lambda c: drip(c, b"HTTP/1.1 100 Continue\r\n\r\n", 0.01, 25),
+    "a body byte by byte": lambda c: (c.sendall(OK + b"Content-Length: 99\r\n\r\n"), drip(c, b" ", 0.2))[1],
+    "a body without a length": lambda c: (c.sendall(OK + b"\r\n"), drip(c, b" ", 0.2))[1],
+    "chunk by chunk": lambda c: (
+        c.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n"),
+        drip(c, b"1\r\n \r\n", 0.3, 6),
+    )[1],
+    "a request read slowly": lambda c: all(not time.sleep(0.1) for _ in iter(lambda: c.recv(64), b"")),
+    "a handshake byte by byte": lambda c: drip(c, b"\x16\x03\x03\x40\x00" + b"\x02" * 16_000, 0.2),
+    "a slow name look-up": lambda c: None,
+}
+
+
+def served(behaviour: Callable[[socket.socket], None], stack: contextlib.ExitStack) -> int:
+    """The port of a server that treats each connection so, without reading the request first."""
+    listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, contextlib.suppress(OSError):
+                    behaviour(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return int(listening.getsockname()[1])
+
+
+def held(name: str, timeout: float) -> float:
+    """Seconds after which a teacher gives this server up."""
+    with contextlib.ExitStack() as stack:
+        port = served(SLOW[name], stack)
+        scheme = "https" if "handshake" in name else "http"
+        host = "slow.invalid" if "name" in name else "127.0.0.1"
+        asked = HTTPTeacher(f"{scheme}://{host}:{port}/", timeout=timeout, retries=0)
+        body = b" " * (30_000_000 if "request" in name else 10)
+        begun = time.monotonic()
+        with pytest.raises(HTTPTeacherError, match=f"no whole reply within {timeout:g} s"):
+            asked._post(body, limit=4096)
+        return time.monotonic() - begun
+
+
+@pytest.fixture
+def slow_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def slow(host: Any, *args: Any, **options: Any) -> Any:
+        time.sleep(9 if host == "slow.invalid" else 0)
+        return look_up("127.0.0.1" if host == "slow.invalid" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+
+
+@pytest.mark.slow
+def test_the_time_limit_holds_for_the_whole_exchange_within_a_tenth(slow_names: None) -> None:
+    with ThreadPoolExecutor(len(SLOW)) as pool:
+        seconds = dict(zip(SLOW, pool.map(lambda name: held(name, 2.0), SLOW), strict=True))
+    print({name: f"{value:.3f} s" for name, value in seconds.items()})
+    assert all(1.99 <= value <= 2.2 for value in seconds.values()), seconds
+
+
+def test_a_header_byte_by_byte_does_not_outlast_the_time_limit() -> None:
+    assert held("a header byte by byte", 0.3) < 0.6
+
+
+def test_headers_are_bounded() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
+
+    with Server(reply) as server, pytest.raises(HTTPTeacherError, match="the server sent more than 69696 bytes"):
+        teacher(server)(query(1))
+
+
+def test_what_a_server_sends_is_escaped_before_it_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 500 \x1b]0;owned\x07\x1b[2J" + b"x" * 5000 + b"\r\nContent-Length: 0\r\n\r\n")
+
+    with (
+        Server(reply) as server,
+        pytest.raises(HTTPTeacherError, match=r"HTTP 500 \\x1b\]0;owned\\x07\\x1b\[2Jx") as error,
+    ):
+        teacher(server, retries=1)(query(1))
+    for text in (str(error.value), caplog.text.rstrip("\n")):
+        assert text.isprintable()
+        assert len(text) < 1000
 
 
 def test_a_connection_cut_in_the_middle_is_retried() -> None:
@@ -261,7 +364,25 @@ def test_answers_of_a_query_cut_short_are_kept() -> None:
         resumed.load_state_dict(kept)
         assert resumed(query(6)).prefers_first.tolist() == [1, 0, 1, 0, 0, 1]
         assert len(server.requests) == 1
-    assert resumed.state_dict() == {"answered": {}}
+    assert resumed.state_dict()["answered"] == {}
+
+
+def test_parts_answered_before_a_failure_stay_when_the_state_before_it_is_loaded() -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, answers(1), 500 if number == 2 else 200)
+
+    with Server(reply) as server:
+        asked = teacher(server, pairs_per_request=1, retries=0)
+        before = copy.deepcopy(asked.state_dict())
+        with pytest.raises(HTTPTeacherError):
+            asked(query(2))
+        asked.load_state_dict(before)  # as the loop does
+        asked(query(2))
+        after = copy.deepcopy(asked.state_dict())
+        assert len(server.requests) == 3
+        asked.load_state_dict(before)  # a resume from before this query, whose answer is in the journal
+        asked.load_state_dict(after)
+        assert asked.state_dict() == {"answered": {}, "queries": 1}
 
 
 @pytest.mark.parametrize(

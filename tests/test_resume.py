@@ -235,6 +235,46 @@ class GlobalTeacher:
         return Answer((torch.tensor(draws) > 1.5).float(), torch.ones(len(query), dtype=torch.bool))
 
 
+class Remembering:
+    """A user's teacher whose answers depend on all earlier ones; its state is its own, growing list."""
+
+    def __init__(self) -> None:
+        self.said: list[float] = []
+
+    def __call__(self, query: Query) -> Answer:
+        for i in range(len(query)):
+            noise = np.sin(1e3 * (sum(self.said) + float(query.first.obs[i].sum() - query.second.obs[i].sum())))
+            self.said.append(float(noise > 0))
+        return Answer(torch.tensor(self.said[-len(query) :]), torch.ones(len(query), dtype=torch.bool))
+
+    def metrics(self) -> dict[str, float]:
+        return {"teacher/said": sum(self.said)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"said": self.said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.said = state["said"]
+
+
+REMEMBERING = "teacher._target_=tests.test_resume.Remembering"
+
+
+def test_a_teacher_interrupted_while_answering_goes_on_from_before_that_query(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = finish(made(tmp_path / "a", REMEMBERING, "total_steps=260"))
+    loop = made(tmp_path / "b", REMEMBERING, "total_steps=260")
+    for _ in range(3):
+        interrupt_teacher(loop, 0, monkeypatch)
+        with pytest.raises(Stopped):
+            loop.run()
+        loop.close(False)
+        loop = made(tmp_path / "b", resume=True)
+    finish(loop)
+    assert differences(reference, tmp_path / "b") == []
+
+
 def test_the_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
     more = ["teacher._target_=tests.test_resume.GlobalTeacher", "total_steps=400"]
     reference = finish(made(tmp_path / "a", *more))
@@ -282,6 +322,22 @@ def test_a_session_may_take_more_steps_than_fit_beside_those_since_the_last_chec
     reference = finish(made(tmp_path / "a", *more))
     loop = made(tmp_path / "b", *more)
     loop.stop = lambda: loop.step >= 411
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    finish(made(tmp_path / "b", resume=True))
+    assert differences(reference, tmp_path / "b") == []
+
+
+def test_rings_smaller_than_a_session_and_than_the_checkpoints_distance_are_written_down_in_time(
+    tmp_path: Path,
+) -> None:
+    # 240 fresh steps a session, and 1000 between checkpoints, in rings of 150 and 200
+    more = ["updater.pairs=fresh", "checkpoint_every=1000", "feedback.memory_steps=150", "agent.buffer_size=200"]
+    more += ["feedback.per_session=12", "total_steps=800"]
+    reference = finish(made(tmp_path / "a", *more))
+    loop = made(tmp_path / "b", *more)
+    loop.stop = lambda: loop.step >= 700
     with pytest.raises(Stopped):
         loop.run()
     loop.close(False)

@@ -206,11 +206,6 @@ class _Builder:
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
         check_combination(cfg, env, reward, query, updater)
         capacity = feedback.memory_steps
-        if cfg.checkpoint_every > min(capacity, agent.buffer_size) and cfg.total_steps > capacity:
-            raise ConfigError(
-                f"checkpoint_every={cfg.checkpoint_every} is more than the {min(capacity, agent.buffer_size)} steps "
-                "kept (feedback.memory_steps, agent.buffer_size); lower it"
-            )
         preferences, oracle, callback = self._preferences(), self._oracle(), self._callback()
         _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
         refuse_links(self.run_dir)
