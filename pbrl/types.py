@@ -166,9 +166,9 @@ class Teacher(ABC):
     A plain callable with this signature is a teacher too (see `pbrl.interfaces.as_teacher`).
 
     What a teacher remembers (a random generator, earlier answers) is taken before each query and after its answer, so
-    that a resumed run equals an uninterrupted one. An answer given before a kill is not asked for again: the state after
-    it is loaded in its place. A query that fails or is interrupted is asked again later, after the state before it has
-    been loaded.
+    that a resumed run equals an uninterrupted one. An answer given before a kill is not asked for again: the state
+    after it is loaded in its place. A query that fails or is interrupted is asked again later, after the state before
+    it has been loaded.
     """
 
     @abstractmethod

@@ -136,10 +136,11 @@ def test_nothing_in_the_packages_loads_pickles() -> None:
                 found.append(where)
             if call in ("np.load", "numpy.load", "np.lib.format.read_array") and given.get("allow_pickle") != "False":
                 found.append(where)
+            if call == "yaml.load" and not ast.unparse(node.args[-1]).endswith("_PlainLoader"):  # a yaml.SafeLoader
+                found.append(where)
             if call in (
                 "eval",
                 "exec",
-                "yaml.load",
                 "yaml.unsafe_load",
                 "SAC.load",
                 "PreferenceSAC.load",
