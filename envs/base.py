@@ -45,6 +45,7 @@ class SimulatorEnv(gym.Env, ABC):
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (gymnasium declares it so)
     render_mode = "rgb_array"
+    step_seconds: float | None = None  # that one environment step takes in the simulated world; None: it has no clock
 
     def __init__(self, obs_dim: int, act_dim: int, horizon: int, simulator_size: int | None, seed: int | None) -> None:
         if horizon < 1:

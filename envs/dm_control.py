@@ -64,6 +64,7 @@ class DMControl(SimulatorEnv):
         spec = env.action_spec()
         self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2
         obs_dim = _flat(env.reset().observation).size
+        self.step_seconds = float(env.control_timestep())
         super().__init__(obs_dim, spec.shape[0], horizon, self._physics.size, seed)
 
     def _start(self, episode_seed: int) -> NDArray[Any]:

@@ -50,6 +50,7 @@ class GymEnv(SimulatorEnv):
         self._action_dtype = actions.dtype
         inner: Any = self._env.unwrapped
         self._inner = inner
+        self.step_seconds = getattr(inner, "dt", None)
         self._memory: PhysicsState | _ClassicState | None = None
         self._camera: Camera | None = None
         if mujoco_based:

@@ -56,6 +56,7 @@ class MetaWorld(SimulatorEnv):
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
         self._physics = PhysicsState(env.model, env.data)
         self._camera = Camera(env.model, "corner2", upside_down=True)
+        self.step_seconds = float(env.dt)
         super().__init__(2 * _FRAME + 3, 4, horizon, self._physics.size + 2 * _FRAME + len(_MEMORY), seed)
 
     def _start(self, episode_seed: int) -> NDArray[Any]:

@@ -46,6 +46,7 @@ class PointMass(SimulatorEnv):
 
     def __init__(self, horizon: int = 50, seed: int | None = None) -> None:
         super().__init__(2, 2, horizon, 2, seed)
+        self.step_seconds = 0.1  # so that it can be watched
 
     def _start(self, episode_seed: int) -> NDArray[Any]:
         self._x, self._y = np.random.default_rng(episode_seed).uniform(-1.0, 1.0, 2).tolist()

@@ -37,13 +37,15 @@ def ask(
     that the answer needs on the disk is taken before the teacher is asked.
 
     If the journal holds the answer already (the run was killed after it), it is returned, the teacher's state
-    after it is restored, and the teacher is not asked. Labels of skipped pairs are returned as 0.5.
+    after it is restored, and the teacher is not asked. A teacher who is `durable` keeps such a journal himself. Labels of skipped pairs are returned as 0.5.
 
     Raises:
         TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
         OSError: if there is no room to write the answer down; the teacher has not been asked then.
     """
     name = name_of(teacher)
+    if teacher.durable:
+        return _answered(teacher, query, on_asking, name)
     known = journal.recall(query)
     if known is not None:
         answer, state = known
@@ -51,22 +53,27 @@ def ask(
             teacher.load_state_dict(state)
         return answer
     with journal.room_for(query):
-        try:
-            on_asking(True)
-            answer = teacher(query)
-        except Exception as error:
-            raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
-        finally:
-            on_asking(False)
-        check_answer(answer, query, name)
-        given = answer.given.cpu()
-        answer = Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
+        answer = _answered(teacher, query, on_asking, name)
         state = teacher.state_dict()
         try:
             journal.append(query, answer, state)
         except (TypeError, ValueError) as error:
             raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
     return answer
+
+
+def _answered(teacher: Teacher, query: Query, on_asking: Callable[[bool], None], name: str) -> Answer:
+    """The teacher's checked answer; labels of skipped pairs are 0.5."""
+    try:
+        on_asking(True)
+        answer = teacher(query)
+    except Exception as error:
+        raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
+    finally:
+        on_asking(False)
+    check_answer(answer, query, name)
+    given = answer.given.cpu()
+    return Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
 
 
 def check_answer(answer: Any, query: Query, teacher: str) -> None:

@@ -37,6 +37,8 @@ class QueryRule(ABC):
     recent_episodes: int | None = None
     branch_share: float = 0.0
 
+    from_the_start = False  # chooses the first session's pairs too; else those are random
+
     def __post_init__(self) -> None:
         recent = self.recent_episodes
         check(
@@ -189,3 +191,36 @@ class KCenter(QueryRule):
         features = pair_features(pool.first, pool.second)
         known = pair_features(asked.first, asked.second) if len(asked) else (features[0][:0], features[1][:0])
         return kept[k_center(features, known, count)]
+
+
+def difference(first: Segments, second: Segments) -> np.ndarray:
+    """How different the two motions of each pair look, step by step: float32 [N].
+
+    Root mean square, over steps and dimensions, of the observations' difference in standard deviations of all the
+    observations given; dimensions that never change do not count.
+    """
+    deviation = torch.cat([first.obs, second.obs]).flatten(0, 1).std(dim=0, unbiased=False)
+    moving = deviation > 0
+    apart = (first.obs - second.obs)[..., moving] / deviation[moving]
+    return apart.square().mean(dim=(1, 2)).sqrt().numpy() if moving.any() else np.zeros(len(first), np.float32)
+
+
+@dataclass
+class Distinct(KCenter):
+    """Pairs that a person can tell apart: the less different half of the candidates is left out (`difference`), then
+    as `KCenter`: of the others the better half by `score`, and of those the ones that cover them best, the most
+    different first.
+
+    Without answers there is no score yet: the first session's pairs are chosen by difference and cover alone.
+    """
+
+    from_the_start = True
+
+    def __call__(
+        self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
+    ) -> np.ndarray:
+        apart = difference(candidates.first, candidates.second)
+        kept = np.argsort(-apart, kind="stable")[: max(count, len(candidates) // 2)]
+        rule = KCenter(score=self.score if len(asked) else None)
+        picks = kept[rule(candidates[kept], count, reward, asked, rng)]
+        return picks[np.argsort(-apart[picks], kind="stable")]

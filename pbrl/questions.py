@@ -54,7 +54,7 @@ class Questions:
         if fresh:
             steps = feedback.fresh_steps
             session.collect_fresh(2 * count * self.segment_length if steps is None else steps)
-        rule = Uniform() if first else parts.query
+        rule = Uniform() if first and not parts.query.from_the_start else parts.query
         branched = round(parts.query.branch_share * count)
         about_fresh = round(feedback.fresh_share * (count - branched)) if fresh else 0
         parts_of = ((count - branched - about_fresh, 0, False), (about_fresh, session.fresh_from, True))

@@ -175,6 +175,9 @@ class Teacher(ABC):
     def __call__(self, query: Query) -> Answer:
         """One answer for each pair. What it raises stops the run after saving; the query is put again on resume."""
 
+    needs_states: bool = False  # asks only about segments whose simulator state is known
+    durable: bool = False  # writes each answer down itself, and gives it again when the same pairs are asked again
+
     def metrics(self) -> dict[str, float]:
         """Numbers about the last query, logged with its session; keys `teacher/name`."""
         return {}
@@ -195,6 +198,13 @@ class Teacher(ABC):
 
     def watch(self, row: Mapping[str, Any]) -> None:
         """Hears each row of metrics (`env_step` and others), and now and then only `env_step`."""
+
+    def show(self, state: np.ndarray, actions: np.ndarray) -> None:
+        """Sees the agent's last steps after each session: simulator state float64 [S], actions float32 [T, act_dim]."""
+
+    def raters(self) -> dict[str, dict[str, float]]:
+        """Who has answered, by name, with counts and other numbers; written into the preferences' file."""
+        return {}
 
     def close(self, complete: bool) -> None:
         """At the end of the process; `complete`: the run has reached its end."""

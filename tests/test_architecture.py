@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "evaluate", "compare", "listing"}
+COMMANDS = {"train", "evaluate", "compare", "listing", "label"}
 ALGORITHM = {"loop", "session", "schedule", "asking", "parts", "questions"}  # what runs the parts
 # Folders of pbrl, and what none of their files may import; the files of pbrl itself that are neither command nor
 # algorithm are the data and the learned reward, which everything may import.
@@ -18,6 +18,11 @@ FORBIDDEN = {
     "": {"second_term", "updaters", "agent", "records", "launch", "comparing", *ALGORITHM, *COMMANDS},
     "second_term": {"updaters", "agent", "records", "launch", "comparing", *ALGORITHM, *COMMANDS},
     "updaters": {"agent", "records", "launch", "comparing", *ALGORITHM, *COMMANDS},
+    "labelling": {
+        *("bilevel", "second_term", "updaters", "agent", "records", "launch", "comparing", "reward"),
+        *ALGORITHM,
+        *COMMANDS,
+    },
     "agent": {"second_term", "updaters", "records", "launch", "comparing", *ALGORITHM, *COMMANDS},
     "records": {"second_term", "updaters", "launch", "comparing", "loop", "session", *COMMANDS},
     "loop": {"second_term", "updaters", "launch", "comparing", *COMMANDS},

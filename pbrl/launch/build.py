@@ -39,7 +39,7 @@ from pbrl.records.loggers import JsonLines, Loggers, Sink
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.schedule import Evaluation, Feedback, Pretraining
-from pbrl.types import Environment
+from pbrl.types import Environment, Teacher
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
 Made = TypeVar("Made")
@@ -134,7 +134,7 @@ def _reason(name: str, node: Any, cause: BaseException) -> str:
 
 
 def check_combination(
-    cfg: DictConfig, env: Environment, reward: RewardEnsemble, query: QueryRule, updater: Updater
+    cfg: DictConfig, env: Environment, reward: RewardEnsemble, query: QueryRule, updater: Updater, teacher: Teacher
 ) -> None:
     """Refuse options that would have no effect, or fail hours later, in each other's company.
 
@@ -165,6 +165,10 @@ def check_combination(
             query.branch_share > 0 and not has_states,
             "query.branch_share needs an environment whose simulator state can be restored",
         ),
+        (
+            asks and teacher.needs_states and not has_states,
+            f"teacher={name_of(teacher)} shows clips, which needs an environment whose simulator state can be restored",
+        ),
     ):
         if refused:
             raise ConfigError(reason)
@@ -182,7 +186,8 @@ class _Builder:
             arguments: Any = OmegaConf.to_container(node, resolve=True)
             given = {key: value for key, value in arguments.items() if not key.startswith("_")}
             return functools.partial(find_target(group, node["_target_"]), **given)
-        return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=group != "logger", **passed), group, node)
+        recursive = node.get("_recursive_", group != "logger")
+        return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=recursive, **passed), group, node)
 
     def adopt(self, group: str, wrap: Callable[[Any], Made]) -> Made:
         made = self.make(group)
@@ -204,7 +209,7 @@ class _Builder:
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
-        check_combination(cfg, env, reward, query, updater)
+        check_combination(cfg, env, reward, query, updater, teacher)
         capacity = feedback.memory_steps
         preferences, oracle, callback = self._preferences(), self._oracle(), self._callback()
         _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))

@@ -82,7 +82,7 @@ class Diary:
         """Some steps were taken."""
         self.bar.n = self.step
         self.bar.update(0)
-        self.parts.teacher.watch({"env_step": self.step})
+        self._tell({"env_step": self.step})
 
     def continues(self, last: dict[str, Any], seconds: float) -> None:
         """A run is resumed: the latest metrics of before, and its wall time."""
@@ -106,9 +106,23 @@ class Diary:
 
     def session(self, metrics: dict[str, float], sessions: int) -> None:
         """What came of the session with this number, and how well the reward knows the task now."""
-        metrics = metrics | self._counts(sessions) | self._health() | self.parts.teacher.metrics()
+        teacher = self.parts.teacher
+        metrics = metrics | self._counts(sessions) | self._health() | teacher.metrics()
+        if raters := teacher.raters():
+            self.parts.preferences.about["raters"] = raters
         values = [f"{name} {_short(metrics[key])}" for name, key in SHOWN.items() if metrics.get(key) is not None]
         self.log(metrics, f"session {sessions}  labels {self._labels}", *values)
+
+        self._show_steps()
+
+    def _show_steps(self) -> None:
+        """Let the teacher see the agent's last steps, where the simulator can show them again."""
+        rollouts, length = self.parts.rollouts, self.segment_length
+        starts = rollouts.starts(length, max(rollouts.total - 2 * length, 0))[-1:]
+        if len(starts) and rollouts.states.shape[1]:
+            steps = rollouts.query_at(starts, starts, length)
+            assert steps.states is not None
+            self.parts.teacher.show(steps.states[0, 0].numpy(), steps.first.actions[0].numpy())
 
     def training(self) -> None:
         """The agent's own numbers."""
@@ -134,11 +148,17 @@ class Diary:
         seconds = self.seconds
         row = {"env_step": self.step, **metrics, "time/wall": seconds, "time/steps_per_second": self.step / seconds}
         self.parts.loggers.log(row)
-        self.parts.teacher.watch(row)
+        self._tell(row)
         self.last |= {key: plain(value) for key, value in row.items()}
         self.bar.set_postfix({"return": _short(self.last.get("eval/return")), "labels": self._labels}, refresh=False)
         if lines:
             self.bar.write(f"step {self.step:>8}  " + "  ".join(lines))
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """Let the teacher hear a row, and how much of the run and of the budget is over."""
+        asked, budget = self.parts.preferences.asked, self.feedback.budget
+        known = {"total_steps": self.total_steps, "feedback/asked": asked, "feedback/budget": budget}
+        self.parts.teacher.watch({**known, **row})
 
     def summary(self, complete: bool) -> dict[str, Any]:
         """Latest value of each metric, and whether the run reached its end."""
