@@ -37,7 +37,8 @@ def ask(
     that the answer needs on the disk is taken before the teacher is asked.
 
     If the journal holds the answer already (the run was killed after it), it is returned, the teacher's state
-    after it is restored, and the teacher is not asked. A teacher who is `durable` keeps such a journal himself. Labels of skipped pairs are returned as 0.5.
+    after it is restored, and the teacher is not asked. Labels of skipped pairs are returned as 0.5. A `durable`
+    teacher keeps what is as good as a journal.
 
     Raises:
         TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
