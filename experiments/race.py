@@ -221,7 +221,9 @@ def read(path: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], list[s
         raise RaceError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict) or set(given) - {"common", "signals", "candidates"}:
         raise RaceError(f"{path}: expected the keys common, signals and candidates")
-    tables = [{str(k): v or [] for k, v in (given.get(name) or {}).items()} for name in ("signals", "candidates")]
+    tables = [{k: v or [] for k, v in (given.get(name) or {}).items()} for name in ("signals", "candidates")]
+    if odd := [name for table in tables for name in table if not isinstance(name, str) or "/" in name]:
+        raise RaceError(f"{path}: {odd[0]!r} is no name for YAML; put it in quotes, without /")
     lists = [given.get("common") or [], *(value for table in tables for value in table.values())]
     if not all(tables) or not all(isinstance(one, list) and all(isinstance(o, str) for o in one) for one in lists):
         raise RaceError(f"{path}: expected signals and candidates, each a name with a list of overrides (KEY=VALUE)")

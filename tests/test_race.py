@@ -103,6 +103,7 @@ def test_the_shipped_candidates_compose() -> None:
     [
         ("signals: {t: []}", [], "expected signals and candidates"),
         ("signals: {t: []}\ncandidates: {a: x=1}", [], "a list of overrides"),
+        ("signals: {true: []}\ncandidates: {a: []}", [], "True is no name"),
         ("runs: 3", [], "expected the keys"),
         ("signals: {t: []}\ncandidates: {a: []}", ["--signals", "u"], "--signals u: .* has t"),
         ("signals: {t: []}\ncandidates: {a: []}", ["--rungs", "20:9"], "asks for 9 seeds"),
@@ -127,7 +128,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_race_on_the_point_mass(tmp_path: Path) -> None:
     tiny = [option for option in TINY if not option.startswith(("env=", "updater=", "total_steps="))]
-    lines = ["signals: {true: [updater=oracle]}", "candidates: {good: [], bad: [agent.learning_rate=1e-9]}"]
+    lines = ["signals: {true-reward: [updater=oracle]}", "candidates: {good: [], bad: [agent.learning_rate=1e-9]}"]
     (tmp_path / "race.yaml").write_text("\n".join(lines))
     command = [sys.executable, "-m", "experiments.race", str(tmp_path / "race.yaml"), "--out", str(tmp_path / "out")]
     command += ["--env", "pointmass", "--rungs", "250:1", "500:1", "--processes", "2", "--", *tiny]
