@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks import end_to_end, parts, timing, update
+from experiments.benchmarks import end_to_end, kinds, parts, timing, update
 from experiments.benchmarks.timing import machine, store
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "update": update.run,
+    "kinds": kinds.run,
     "simulators": end_to_end.simulators,
     "pay": parts.pay,
     "reward_training": parts.reward_training,
