@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ NETWORKS = ("actor_layer_norm", "critic_layer_norm", "blocks")
 
 def ours(options: dict[str, Any], precision: str) -> PreferenceSAC:
     """An agent of this kind on random transitions, its update compiled."""
-    agent = make_agent(Still(OBS, ACT), **({"seed": 0, "buffer_size": TRANSITIONS, "precision": precision} | options))
+    made: dict[str, Any] = {"seed": 0, "buffer_size": TRANSITIONS, "precision": precision, **options}
+    agent = make_agent(Still(OBS, ACT), **made)
     assert agent._fast is not None
     agent._fast.compile(BATCH)
     return agent
@@ -47,27 +49,26 @@ def stock(options: dict[str, Any]) -> SAC:
 
 
 def run() -> list[dict[str, Any]]:
-    """One row per kind: milliseconds of SB3's update and of ours, and ratios, one thread."""
+    """One row per kind: milliseconds of SB3's update and of ours, compiled; ratios of processor time; one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    agents: dict[tuple[str, str], SAC] = {}
+    agents: dict[str, SAC] = {}
     for kind, options in KINDS.items():
-        agents[kind, "stock"] = stock(options)
-        agents |= {(kind, precision): ours(options, precision) for precision in ("fp32", "bf16")}
+        agents[f"{kind}, stock"] = stock(options)
+        for precision in ("fp32", "bf16"):
+            agents[f"{kind}, {precision}"] = ours(options, precision)
     for agent in agents.values():
         fill(agent.replay_buffer, np.random.default_rng(0))
-    variants: dict[Any, Any] = {key: (lambda agent=agent: agent.train(1, BATCH)) for key, agent in agents.items()}
-    times = interleaved(variants)
+    times = interleaved({key: partial(agent.train, 1, BATCH) for key, agent in agents.items()})
     torch.set_num_threads(before)
-    lean = times["lean", "fp32"]
-    return [
-        {
-            "kind": kind,
-            "parameters": sum(p.numel() for p in agents[kind, "fp32"].policy.parameters()),
-            **{f"{variant}_ms": times[kind, variant]["ms"] for variant in ("stock", "fp32", "bf16")},
-            "ratio_cpu_ms_stock_to_fp32": times[kind, "stock"]["cpu_ms"] / times[kind, "fp32"]["cpu_ms"],
-            "ratio_cpu_ms_to_lean_fp32": times[kind, "fp32"]["cpu_ms"] / lean["cpu_ms"],
-            "ratio_cpu_ms_of_bf16_to_lean_fp32": times[kind, "bf16"]["cpu_ms"] / lean["cpu_ms"],
-        }
-        for kind in KINDS
-    ]
+    rows = []
+    for kind in KINDS:
+        took = {variant: times[f"{kind}, {variant}"] for variant in ("stock", "fp32", "bf16")}
+        row: dict[str, Any] = {"kind": kind}
+        row["parameters"] = sum(p.numel() for p in agents[f"{kind}, fp32"].policy.parameters())
+        row |= {f"{variant}_ms": took[variant]["ms"] for variant in took}
+        lean = times["lean, fp32"]["cpu_ms"]
+        row["ratio_stock_to_fp32"] = took["stock"]["cpu_ms"] / took["fp32"]["cpu_ms"]
+        row |= {f"ratio_{variant}_to_lean_fp32": took[variant]["cpu_ms"] / lean for variant in ("fp32", "bf16")}
+        rows.append(row)
+    return rows
