@@ -17,21 +17,22 @@ from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
 from experiments.curves import write
-from pbrl.fitting import Fitting
+from pbrl.launch.shipped import make
 from pbrl.preferences import Preferences
 from pbrl.records.checkpoint import StepLog
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 
-WAYS = {  # batch, optimiser steps, crop, shrink, precision
-    "10 steps (about where 97 % stops)": (32, 10, 0.0, 0.0, "fp32"),
-    "50 steps": (32, 50, 0.0, 0.0, "fp32"),
-    "150 steps": (32, 150, 0.0, 0.0, "fp32"),
-    "150 steps, crops": (32, 150, 0.3, 0.0, "fp32"),
-    "150 steps, small rewards": (32, 150, 0.0, 0.3, "fp32"),
-    "150 steps, crops, small rewards": (32, 150, 0.3, 0.3, "fp32"),
-    "100 steps, crops, small rewards (A-PARL's)": (32, 100, 0.3, 0.3, "fp32"),
-    "A-PARL's in bf16": (32, 100, 0.3, 0.3, "bf16"),
+CROP = (0.7, 1.0)
+WAYS = {  # optimiser steps, crop, shrink, precision
+    "10 steps (about where 97 % stops)": (10, None, 0.0, "fp32"),
+    "50 steps": (50, None, 0.0, "fp32"),
+    "150 steps": (150, None, 0.0, "fp32"),
+    "150 steps, crops": (150, CROP, 0.0, "fp32"),
+    "150 steps, small rewards": (150, None, 0.3, "fp32"),
+    "150 steps, crops, small rewards": (150, CROP, 0.3, "fp32"),
+    "100 steps, crops, small rewards (A-PARL's)": (100, CROP, 0.3, "fp32"),
+    "A-PARL's in bf16": (100, CROP, 0.3, "bf16"),
 }
 AFTER = 5000  # environment steps
 SEEDS = (0, 1)
@@ -84,12 +85,13 @@ def main() -> None:
         if "feedback/session" in row
     ]
     rows = []
-    for (way, (batch, steps, crop, shrink, precision)), session in itertools.product(WAYS.items(), options.sessions):
+    for (way, (steps, crop, shrink, precision)), session in itertools.product(WAYS.items(), options.sessions):
         answered = np.flatnonzero(preferences.session < session)
         found = []
         for seed in SEEDS:
             reward = RewardEnsemble(obs_dim, act_dim, members=1, seed=seed, precision=precision)
-            Fitting(1, batch, 0.0, steps, crop, shrink)(reward, preferences, np.random.default_rng(seed), answered)
+            fit = make("updater", "pebble", fit={"epochs": 1, "least_steps": steps, "crop": crop, "shrink": shrink}).fit
+            fit(reward, preferences, np.random.default_rng(seed), answered)
             found.append(correlations(reward, rollouts, asked_at[session - 1], horizon))
         by_segment, by_step = np.mean(found, axis=0)
         rows.append({"run": options.run.name, "env": config.choices.env, "way": way, "answers": len(answered)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,9 @@ class MemberLoss(Protocol):
     """Mean loss of one member on the pairs at `index`: (loss [], right answers [], decided labels [])."""
 
     def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+ExtraLoss = Callable[[int, int], Tensor]
 
 
 def train_epochs(
@@ -123,17 +127,22 @@ def train_epochs(
     return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """PEBBLE's whole update: cross-entropy of every member on all answers, or some, by `train_epochs`.
+    """How a reward is fitted to answers: `train_epochs` on the cross-entropy of every member.
+
+    Its values stand in `pbrl/conf/fit`: `ours`, and `published`, which is B-Pref's.
 
     Args:
-        epochs: passes over the answers at the most, ≥ 1.
+        epochs: passes over the answers at the most, ≥ 1; not used where `steps_per_label` is given.
         batch_size: pairs per member and step, ≥ 1.
         stop_accuracy: stop after the first epoch above it; above 1: never.
         least_steps: optimiser steps, ≥ 0, that both limits above wait for: with few answers they end too soon.
-        crop: share of a pair's steps, in [0, 1), of which a random part is left out each time it is drawn (QPA's
-            augmentation; see `crops`). It teaches which steps were good, not only which segments.
+        steps_per_label: optimiser steps per answered pair, > 0, in place of `epochs`; null: `epochs`.
+        crop: shortest and longest piece of a segment, as shares of its length, 0 < shortest ≤ longest: of each segment
+            a random piece of such a length is used each time it is drawn (SURF, QPA; see `crops`). It teaches which
+            steps were good, not only which segments. Above 1 (SURF) the steps around a segment must have been kept
+            (`margin`). null: whole segments.
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
             rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
             times (H / 50)² for H, as answers are about sums of H rewards.
@@ -145,21 +154,43 @@ class Fitting:
     epochs: int
     batch_size: int
     stop_accuracy: float
-    least_steps: int = 0
-    crop: float = 0.0
-    shrink: float = 0.0
+    least_steps: int
+    steps_per_label: float | None
+    crop: Sequence[float] | None
+    shrink: float
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"updater.{name}={getattr(self, name)}; expected at least 1")
-        for name, good in (
-            ("least_steps", self.least_steps >= 0),
-            ("crop", 0 <= self.crop < 1),
-            ("shrink", self.shrink >= 0),
+        for name, good, expected in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("least_steps", self.least_steps >= 0, "at least 0"),
+            ("steps_per_label", self.steps_per_label is None or self.steps_per_label > 0, "a number above 0, or null"),
+            (
+                "crop",
+                self.crop is None or (len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1]),
+                "the shortest and the longest share of a segment, such as [0.7, 1.0], or null",
+            ),
+            ("shrink", self.shrink >= 0, "at least 0"),
         ):
             if not good:
-                raise ValueError(f"updater.{name}={getattr(self, name)} is out of range")
+                raise ValueError(f"updater.fit.{name}={getattr(self, name)}; expected {expected}")
+
+    def crop_lengths(self, segment_length: int) -> tuple[int, int]:
+        """Steps of the shortest and of the longest piece of a segment."""
+        if self.crop is None:
+            return segment_length, segment_length
+        shortest, longest = (max(round(share * segment_length), 1) for share in self.crop)
+        return shortest, longest
+
+    def margin(self, segment_length: int) -> int:
+        """Steps that must be kept on either side of a segment, so that the longest piece can lie anywhere."""
+        return max(self.crop_lengths(segment_length)[1] - segment_length, 0)
+
+    def random_pieces(
+        self, count: int, segment_length: int, stored: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor] | None:
+        """Which of the `stored` steps of `count` pairs count this time, bool [count, stored] each; None: all."""
+        return None if self.crop is None else crops(count, stored, *self.crop_lengths(segment_length), rng)
 
     def __call__(
         self,
@@ -168,27 +199,42 @@ class Fitting:
         rng: np.random.Generator,
         rows: np.ndarray | None = None,
         extra_gradient: Callable[[], None] | None = None,
+        extra_loss: ExtraLoss | None = None,
     ) -> dict[str, float]:
-        """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics."""
-        first, second, labels = preferences.first, preferences.second, preferences.prefers_first
-        steps = preferences.horizon
-        shortest = max(round((1 - self.crop) * steps), 1)
+        """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics.
+
+        Args:
+            rng: shuffles and crops.
+            extra_gradient: see `train_epochs`.
+            extra_loss: (member, pairs in this block) -> what is added to the block's mean loss, scalar [].
+        """
+        labels, steps = preferences.prefers_first, preferences.horizon
+        first, second = preferences.first, preferences.second
+        if self.margin(steps):
+            first, second = preferences.wide_first, preferences.wide_second
         shrink = self.shrink * (steps / 50) ** 2
+        size = len(preferences) if rows is None else len(rows)
 
         def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             chosen = index if rows is None else rows[index]
-            kept = crops(len(index), steps, shortest, steps, rng) if self.crop else None
+            kept = self.random_pieces(len(index), steps, first.horizon, rng)
             answers = labels[torch.from_numpy(chosen)]
-            return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
+            value, hits, decided = answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
+            return value if extra_loss is None else value + extra_loss(member, len(index)), hits, decided
 
         return train_epochs(
             reward,
             loss,
-            len(preferences) if rows is None else len(rows),
+            size,
             batch_size=self.batch_size,
-            max_epochs=self.epochs,
+            max_epochs=self._max_epochs(size),
             stop_accuracy=self.stop_accuracy,
             rng=rng,
             extra_gradient=extra_gradient,
             least_steps=self.least_steps,
         )
+
+    def _max_epochs(self, size: int) -> int:
+        if self.steps_per_label is None:
+            return self.epochs
+        return math.ceil(math.ceil(self.steps_per_label * size) / max(math.ceil(size / self.batch_size), 1))

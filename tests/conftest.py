@@ -18,15 +18,20 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import pbrl.asking
+from envs.pointmass import PointMass
+from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import AnswerJournal
 from pbrl.interfaces import as_teacher
 from pbrl.launch.build import build
 from pbrl.launch.configuration import register_resolvers
+from pbrl.launch.shipped import make
 from pbrl.loop import Loop
 from pbrl.types import Answer, Query
 
 torch.set_num_threads(1)
 register_resolvers()
+
+option = make  # what a shipped option describes: so that what is tested is what is run
 
 # A whole preference run in about a second: every phase happens, nothing has time to become good.
 TINY = (
@@ -50,6 +55,12 @@ TINY = (
     "checkpoint_every=300",
     "log_every=100",
 )
+
+
+def point_mass_agent(**changes: Any) -> PreferenceSAC:
+    """The default agent on the point mass, not compiled."""
+    made: PreferenceSAC = option("agent", "sac", env=PointMass(seed=0), seed=0, **{"compile": False, **changes})
+    return made
 
 
 def config(*overrides: str) -> tuple[DictConfig, dict[str, str]]:

@@ -12,14 +12,13 @@ from gymnasium.spaces import Box
 from stable_baselines3 import SAC
 from torch import nn
 
-from envs.pointmass import PointMass
 from pbrl.agent.replay import RelabelReplay
-from pbrl.agent.sac import PreferenceSAC, make_agent
+from pbrl.agent.sac import PreferenceSAC
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
 from pbrl.loop import Stopped
 from pbrl.records.evaluation import act
-from tests.conftest import TINY, config, finish, rows, tiny_loop
+from tests.conftest import TINY, config, finish, point_mass_agent, rows, tiny_loop
 
 ALL = (
     "agent.normalise=true",
@@ -37,7 +36,7 @@ ALL = (
 
 
 def agent(**options: Any) -> PreferenceSAC:
-    return make_agent(PointMass(seed=0), seed=0, **({"net_arch": (8,), "buffer_size": 1000} | options))
+    return point_mass_agent(**({"net_arch": [8], "buffer_size": 1000} | options))
 
 
 def test_a_run_with_every_option_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -15,16 +15,23 @@ from pbrl.reward import RewardEnsemble
 from pbrl.second_term.fresh import cut, divide, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
 from pbrl.second_term.guard import Estimate, Safeguard, SecondTerm, WeightedRows, groups
-from pbrl.second_term.implicit import Implicit
 from pbrl.second_term.upper import pair_scores
 from pbrl.types import Answer, Query, Segments
-from pbrl.updaters.aparl import APARL
-from pbrl.updaters.pebble import Pebble
-from tests.conftest import finish, tiny_loop
+from tests.conftest import finish, option, tiny_loop
 from tests.gaussian_problem import GaussianSession, assert_unbiased, exact_terms, quadratic_reward
 
-FEW = {"epochs": 3}
-EXACT = {"horizon": 2, "damping": 0.0, "tol": 1e-4}
+FEW = {"fit": {"epochs": 3, "least_steps": 0}}
+ONCE = {"fit": {"epochs": 1, "least_steps": 0}}
+EXACT = {"trajectory_length": 2, "damping": 0.0, "tol": 1e-4}
+OFF = {"estimator": "off"}
+
+
+def aparl(**changes):
+    return option("updater", "aparl", **changes)
+
+
+def pebble(**changes):
+    return option("updater", "pebble", **changes)
 
 
 def ensemble(seed=0):
@@ -44,21 +51,21 @@ def weights_after(updater, seed=0, sessions=1):
 
 
 def test_with_its_second_term_off_it_equals_pebble_bit_for_bit():
-    ours, _ = weights_after(APARL(**FEW, implicit=Implicit("off")))
-    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    ours, _ = weights_after(aparl(**FEW, implicit=OFF))
+    theirs, _ = weights_after(pebble(**FEW, pairs="fresh"))
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_behind_a_closed_gate_it_equals_pebble_bit_for_bit():
-    ours, metrics = weights_after(APARL(**FEW, implicit=Implicit(**EXACT), gate=Gate(error=1e-6)))
-    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    ours, metrics = weights_after(aparl(**FEW, implicit=EXACT, gate={"error": 1e-6}))
+    theirs, _ = weights_after(pebble(**FEW, pairs="fresh"))
     np.testing.assert_array_equal(ours, theirs)
     assert metrics["aparl/usable"] == 1 and metrics["aparl/applied"] == 0
 
 
 def test_with_the_gate_off_its_second_term_changes_the_reward():
-    ours, metrics = weights_after(APARL(**FEW, implicit=Implicit(**EXACT), gate="off"))
-    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    ours, metrics = weights_after(aparl(**FEW, implicit=EXACT, gate="off"))
+    theirs, _ = weights_after(pebble(**FEW, pairs="fresh"))
     assert metrics["aparl/applied"] == 1 and not np.array_equal(ours, theirs)
 
 
@@ -84,14 +91,14 @@ def second_term(reward, updater, session):
 @pytest.mark.parametrize(
     ("upper", "implicit", "episodes"),
     [
-        ("preference", Implicit("fisher", **EXACT), 600),
-        ("preference", Implicit("covariance", **EXACT), 600),
-        ("win_rate", Implicit("fisher", **EXACT), 600),
+        ("preference", EXACT, 600),
+        ("preference", {"estimator": "covariance"} | EXACT, 600),
+        ("win_rate", EXACT, 600),
     ],
     ids=["fisher", "covariance", "win-rate"],
 )
 def test_the_estimates_are_unbiased_at_the_soft_optimum(upper, implicit, episodes):
-    updater, reward = APARL(upper=upper, implicit=implicit), quadratic_reward()
+    updater, reward = aparl(upper=upper, implicit=implicit), quadratic_reward()
     _, truth = exact_terms(upper)
     samples = [second_term(reward, updater, GaussianSession(seed, episodes)) for seed in range(30)]
     assert_unbiased(samples, truth.numpy())
@@ -101,7 +108,7 @@ def test_the_full_hessian_agrees_with_the_fisher_matrix_at_the_soft_optimum():
     """Their expectations are equal there; 4000 episodes leave an error of some per cent (4 parameters)."""
     reward, session = quadratic_reward(), GaussianSession(0, 4000)
     found = {
-        name: second_term(reward, APARL(implicit=Implicit(name, states=10**6, **EXACT | {"tol": 1e-3})), session)
+        name: second_term(reward, aparl(implicit=EXACT | {"estimator": name, "states": 10**6, "tol": 1e-3}), session)
         for name in ("fisher", "full")
     }
     assert np.linalg.norm(found["full"] - found["fisher"]) < 0.3 * np.linalg.norm(found["fisher"])
@@ -110,7 +117,7 @@ def test_the_full_hessian_agrees_with_the_fisher_matrix_at_the_soft_optimum():
 @pytest.mark.slow
 def test_the_two_halves_are_independent():
     """Their covariance over data sets is zero within 4.5 standard errors; shared scores would make it positive."""
-    updater, reward = APARL(implicit=Implicit(**EXACT)), quadratic_reward()
+    updater, reward = aparl(implicit=EXACT), quadratic_reward()
     halves = []
     for seed in range(60):
         session = GaussianSession(seed, 64)
@@ -124,11 +131,11 @@ def test_the_two_halves_are_independent():
 def test_a_utility_joins_the_upper_objective():
     """U = the number of steps, a constant, has no gradient; U = r_phi's return has PARL's direct term."""
     reward, session = quadratic_reward(), GaussianSession(1)
-    plain = second_term(reward, APARL(implicit=Implicit(**EXACT)), session)
-    constant = APARL(implicit=Implicit(**EXACT), utility=lambda trajectories, rewards: trajectories.mask.sum(1).float())
+    plain = second_term(reward, aparl(implicit=EXACT), session)
+    constant = aparl(implicit=EXACT, utility=lambda trajectories, rewards: trajectories.mask.sum(1).float())
     np.testing.assert_allclose(second_term(reward, constant, session), plain, rtol=1e-4, atol=1e-6)
     grown = quadratic_reward()
-    APARL(epochs=1, implicit=Implicit("off"), utility=lambda trajectories, rewards: 1e6 * rewards.sum(1)).update(
+    aparl(**ONCE, implicit=OFF, utility=lambda trajectories, rewards: 1e6 * rewards.sum(1)).update(
         grown, session.preferences(), session
     )
     assert grown.returns(session.episodes).mean() > reward.returns(session.episodes).mean()
@@ -145,8 +152,7 @@ def test_a_regulariser_holds_the_reward_back():
     def weight_decay(reward):
         return -1e3 * sum(parameter.square().sum() for parameter in reward.parameters())
 
-    off = Implicit("off")
-    assert size(APARL(**FEW, implicit=off, regulariser=weight_decay)) < size(APARL(**FEW, implicit=off))
+    assert size(aparl(**FEW, implicit=OFF, regulariser=weight_decay)) < size(aparl(**FEW, implicit=OFF))
 
 
 # ------------------------------------------------------------------------------------------------ rollouts
@@ -281,7 +287,7 @@ def test_the_gates_power():
 @pytest.mark.parametrize("bad", [{"error": 0.0}, {"stake": 1.0}])
 def test_a_gate_that_cannot_work_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Gate(**bad)
+        aparl(gate=bad)
 
 
 def test_off_and_inf_are_understood_as_text_too():
@@ -363,9 +369,9 @@ def test_a_term_that_stops_being_finite_during_training_is_left_out_and_counted(
 
 
 def test_an_unconverged_solve_leaves_the_reward_to_term_1():
-    updater = APARL(**FEW, implicit=Implicit("fisher", horizon=2, damping=0.0, tol=1e-12, max_iter=1), gate="off")
+    updater = aparl(**FEW, implicit=EXACT | {"tol": 1e-12, "max_iter": 1}, gate="off")
     ours, metrics = weights_after(updater)
-    theirs, _ = weights_after(Pebble(**FEW, pairs="fresh"))
+    theirs, _ = weights_after(pebble(**FEW, pairs="fresh"))
     np.testing.assert_array_equal(ours, theirs)
     assert metrics["aparl/fallbacks"] == 1
 
@@ -373,7 +379,7 @@ def test_an_unconverged_solve_leaves_the_reward_to_term_1():
 @pytest.mark.parametrize("episodes", [2, 6])
 def test_too_few_rollouts_give_no_estimate(episodes):
     reward, session = ensemble(), GaussianSession(0, episodes)
-    metrics = APARL(implicit=Implicit(horizon=2)).update(reward, session.preferences(), session)
+    metrics = aparl(implicit={"trajectory_length": 2}).update(reward, session.preferences(), session)
     assert metrics["aparl/fallbacks"] == 1 and math.isnan(metrics["aparl/split_cosine"])
 
 
@@ -381,7 +387,7 @@ def test_too_few_rollouts_give_no_estimate(episodes):
 
 
 def test_its_state_resumes_exactly():
-    whole, cut_short, resumed = (APARL(**FEW, implicit=Implicit(**EXACT), gate=Gate(0.01, 0.5)) for _ in range(3))
+    whole, cut_short, resumed = (aparl(**FEW, implicit=EXACT, gate={"error": 0.01, "stake": 0.5}) for _ in range(3))
     straight, metrics = weights_after(whole, sessions=3)
     reward, session = ensemble(), GaussianSession(0)
     for _ in range(2):
@@ -403,13 +409,15 @@ def test_its_state_resumes_exactly():
 )
 def test_options_that_cannot_work_are_refused_by_name(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        APARL(**options)
+        aparl(**options)
 
 
-@pytest.mark.parametrize("option", [{"estimator": "magic"}, {"horizon": 0}, {"damping": -1.0}, {"trace_decay": 0.0}])
-def test_an_estimator_that_cannot_work_is_refused_by_name(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Implicit(**option)
+@pytest.mark.parametrize(
+    "wrong", [{"estimator": "magic"}, {"trajectory_length": 0}, {"damping": -1.0}, {"trace_decay": 0.0}]
+)
+def test_an_estimator_that_cannot_work_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        aparl(implicit=wrong)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.utils import get_object
@@ -13,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from pbrl.launch.build import build
 from pbrl.launch.command import prepare
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options
-from tests.conftest import config
+from tests.conftest import config, option
 
-ALL = [(group, option) for group in GROUPS for option in options(group)]
+ALL = [(group, name) for group in GROUPS for name in options(group)]
 NEEDS = {  # mandatory values of generic options
     "env=metaworld": ["env.task=pick-place"],
     "env=dm_control": ["env.domain=reacher", "env.task=easy"],
@@ -34,10 +37,10 @@ def targets(node: DictConfig) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("group", "option"), ALL, ids=lambda value: str(value))
-def test_every_option_composes_and_its_keys_fit_its_target(group: str, option: str) -> None:
-    cfg, choices = config(f"{group}={option}", *NEEDS.get(f"{group}={option}", []))
-    assert choices[group] == option
+@pytest.mark.parametrize(("group", "name"), ALL, ids=lambda value: str(value))
+def test_every_option_composes_and_its_keys_fit_its_target(group: str, name: str) -> None:
+    cfg, choices = config(f"{group}={name}", *NEEDS.get(f"{group}={name}", []))
+    assert choices[group] == name
     check(cfg)
     for target in targets(cfg[group]):
         assert callable(get_object(target))
@@ -50,21 +53,52 @@ def test_every_experiment_composes(name: str) -> None:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-FITTING = ("batch_size", "least_steps", "crop", "shrink")
-
-
-def test_our_defaults_fit_the_answers_alike_and_published_settings_as_published() -> None:
+def test_our_methods_fit_the_answers_alike_and_published_settings_as_published() -> None:
     """So that methods differ by their pairs and terms only, and a published PEBBLE is the published one."""
-    ours = {
-        name: [config(f"updater={name}")[0].updater[key] for key in FITTING] for name in ("pebble", "aparl", "penalty")
-    }
-    assert ours["pebble"] == ours["aparl"] == ours["penalty"] == [32, 100, 0.3, 0.3]
-    published = [name for name in options("experiment") if name.startswith(("pebble-", "qpa-", "rune-", "reed-"))]
-    assert len(published) > 15
-    for name in published:
-        updater = config(f"experiment={name}")[0].updater
-        assert [updater[key] for key in FITTING] == [128, 0, 0, 0], name
-    assert [config("updater=rime")[0].updater.inner[key] for key in FITTING] == [128, 0, 0, 0]
+    ours, published = (option("updater", name).fit for name in ("pebble", "pebble-published"))
+    assert ours == option("updater", "aparl").fit == option("updater", "penalty").fit != published
+    assert (published.batch_size, published.least_steps, published.crop, published.shrink) == (128, 0, None, 0)
+    assert option("updater", "mrn").fit == published
+    names = [name for name in options("experiment") if name.startswith(("pebble-", "rune-", "reed-"))]
+    assert len(names) > 10
+    expected = OmegaConf.to_container(config("updater=pebble-published")[0].updater.fit)
+    for name in names:
+        cfg = config(f"experiment={name}")[0]
+        assert cfg.updater.fit == expected | {"epochs": 10 if "metaworld" in cfg.env._target_ else 50}, name
+
+
+def defaults(target: Any) -> dict[str, Any]:
+    """What a constructor takes for an argument that is not given."""
+    parameters = inspect.signature(target).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def nodes(name: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All tables with a `_target_` inside a table, with their names."""
+    if isinstance(value, dict):
+        if value.get("_target_"):
+            yield name, value
+        for key, item in value.items():
+            yield from nodes(f"{name}.{key}", item)
+
+
+def is_variant(group: str, name: str) -> bool:
+    """Whether an option only changes another one of its group, which is then the one to agree with."""
+    listed = OmegaConf.load(CONF / group / f"{name}.yaml").get("defaults", [])
+    return any(isinstance(item, str) and item != "_self_" for item in listed)
+
+
+@pytest.mark.parametrize(("group", "name"), ALL, ids=lambda value: str(value))
+def test_constructors_have_no_second_opinion(group: str, name: str) -> None:
+    """A setting's value stands in the config; a constructor requires it, or agrees."""
+    if is_variant(group, name):
+        pytest.skip("changes another option, by name")
+    task = [] if group == "env" else ["env=pointmass"]
+    cfg, _ = config(*task, f"{group}={name}", *NEEDS.get(f"{group}={name}", []), "total_steps=1000", "seed=0")
+    for where, node in nodes(group, OmegaConf.to_container(cfg[group], resolve=True)):
+        for key, default in defaults(get_object(node["_target_"])).items():
+            default = list(default) if isinstance(default, tuple) else default
+            assert node.get(key, default) == default, f"{where}.{key}"
 
 
 def test_an_experiment_overrides_the_defaults_and_the_command_line_overrides_it() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pbrl.agent.exploration import StateEntropy, nearest_distances
 from pbrl.agent.replay import RelabelReplay
+from tests.conftest import point_mass_agent
 
 
 def by_definition(queries: Tensor, stored: Tensor, k: int) -> Tensor:
@@ -52,3 +53,14 @@ def test_the_bonus_is_the_distance_in_running_standard_deviations() -> None:
 def test_there_is_no_bonus_before_there_are_neighbours() -> None:
     points = np.zeros((5, 2), np.float32)
     assert StateEntropy(stocked(points), nearest=5)(torch.ones(4, 2)).equal(torch.zeros(4))
+
+
+def test_bounded_novelty_is_centred_and_clipped() -> None:
+    agent = point_mass_agent(learning_starts=300)
+    agent.collect(200)
+    bonus = StateEntropy(agent.replay_buffer, nearest=5, bounded=True)
+    stored = torch.from_numpy(agent.replay_buffer.observations[:200, 0].copy())
+    paid = bonus(stored)
+    assert abs(float(paid.mean())) < 0.1
+    assert float(paid.std()) == pytest.approx(1 / 3, abs=0.1)
+    assert float(bonus(torch.full((1, 2), 50.0))) <= 1.0

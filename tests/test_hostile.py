@@ -288,7 +288,16 @@ def test_a_data_set_writes_nothing_outside(tmp_path: Path, member: str) -> None:
 
 KEYS = ["total_steps", "seed", "threads", "checkpoint_every", "segment_length", "feedback.budget", "feedback.every"]
 KEYS += ["feedback.schedule", "eval.episodes", "agent.tau", "agent.net_arch", "reward.members", "query.pool", "device"]
-KEYS += ["updater.epochs", "teacher.seed", "env.horizon", "pretraining.steps", "oracle", "callbacks", "trust", "foo"]
+KEYS += [
+    "updater.fit.epochs",
+    "teacher.seed",
+    "env.horizon",
+    "pretraining.steps",
+    "oracle",
+    "callbacks",
+    "trust",
+    "foo",
+]
 VALUES = st.sampled_from(["-1", "0", "1", "1.5", "null", "[]", "{}", "text", "true", ".nan", ".inf", "[1,2]", "''"])
 
 

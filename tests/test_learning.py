@@ -39,10 +39,10 @@ METHODS = {
     "penalty": ("updater=penalty", "feedback.fresh_steps=100", "updater.walk.rollout_steps=50"),
     "surf": (
         "updater=surf",
-        "updater.steps_per_label=0.5",
+        "updater.fit.steps_per_label=0.5",
         "updater.unlabelled_per_label=4",
         "updater.unlabelled_ratio=1",
-        "updater.crop=2",
+        "updater.fit.crop=[0.8,1.2]",
     ),
     "mrn": ("updater=mrn", "updater.meta_every=50"),
     # its denoising is judged here: its own pretraining and warm start need more steps than these

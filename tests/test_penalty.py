@@ -9,14 +9,20 @@ import torch
 from pbrl.bilevel.params import combine, cosine, flatten, norm
 from pbrl.reward import RewardEnsemble
 from pbrl.second_term.fresh import cut
-from pbrl.second_term.penalty import Walk, bracket, climb, discounted_steps, divergence_from, draw
-from pbrl.updaters.pebble import Pebble
-from pbrl.updaters.penalty import Penalty
-from tests.conftest import finish, tiny_loop
+from pbrl.second_term.penalty import bracket, climb, discounted_steps, divergence_from, draw
+from tests.conftest import finish, option, tiny_loop
 from tests.gaussian_problem import ALPHA, STEPS, B, GaussianSession, assert_unbiased, exact_terms, quadratic_reward
 
-FEW = {"epochs": 3}
-SHORT = Walk(steps=5, horizon=STEPS, states=4, rollout_steps=64)
+FEW = {"fit": {"epochs": 3, "least_steps": 0}}
+SHORT = {"steps": 5, "trajectory_length": STEPS, "states": 4, "rollout_steps": 64}
+
+
+def penalty(**changes):
+    return option("updater", "penalty", **changes)
+
+
+def pebble(**changes):
+    return option("updater", "pebble", **changes)
 
 
 def weights_after(updater, sessions=1):
@@ -28,16 +34,16 @@ def weights_after(updater, sessions=1):
 
 
 def test_with_sigma_0_it_equals_pebble_bit_for_bit():
-    ours, metrics, session = weights_after(Penalty(**FEW, sigma=0.0))
-    theirs, *_ = weights_after(Pebble(**FEW, pairs="fresh"))
+    ours, metrics, session = weights_after(penalty(**FEW, sigma=0.0))
+    theirs, *_ = weights_after(pebble(**FEW, pairs="fresh"))
     np.testing.assert_array_equal(ours, theirs)
     assert session.rolled == 0 and not any(key.startswith("penalty/") for key in metrics)
 
 
 @pytest.mark.parametrize("twin", [True, False])
 def test_its_rollouts_take_the_steps_that_were_asked_for(twin):
-    walk = Walk(steps=2, horizon=STEPS, states=4, rollout_steps=64, twin=twin)
-    _, metrics, session = weights_after(Penalty(**FEW, walk=walk, gate="off"))
+    walk = SHORT | {"steps": 2, "twin": twin}
+    _, metrics, session = weights_after(penalty(**FEW, walk=walk, gate="off"))
     assert session.rolled == 64
     assert metrics["penalty/applied"] == 1 and metrics["penalty/scale"] > 0
 
@@ -79,8 +85,8 @@ def test_the_second_actor_finds_the_penalised_optimum_and_the_hypergradient_with
     Both walks take the same steps, so what remains is: cosine to the exact Term 2 above 0.9.
     """
     session, reward, sigma = GaussianSession(0, 20_000), quadratic_reward(), 0.2
-    walk = Walk(steps=300, scale=0.2, horizon=STEPS, states=256, rollout_steps=64)
-    updater = Penalty(sigma=sigma, walk=walk)
+    walk = SHORT | {"steps": 300, "scale": 0.2, "states": 256}
+    updater = penalty(sigma=sigma, walk=walk)
     found = {}
 
     def keep(policies, half, session):
@@ -102,22 +108,22 @@ def test_the_second_actor_finds_the_penalised_optimum_and_the_hypergradient_with
 
 
 def test_twins_of_one_walk_without_an_upper_objective_are_the_same():
-    session = GaussianSession(0)
-    draws = draw(SHORT, session, 1, torch.device("cpu"))
-    first, second = (climb(SHORT, session.policy, draws, None) for _ in range(2))
+    session, walk = GaussianSession(0), penalty(walk=SHORT).walk
+    draws = draw(walk, session, 1, torch.device("cpu"))
+    first, second = (climb(walk, session.policy, draws, None) for _ in range(2))
     assert norm(combine(first, second, -1.0)) == 0
     assert norm(combine(first, session.policy.theta, -1.0)) > 0
 
 
 def test_a_divergence_holds_the_second_actor_near_its_reference():
-    session = GaussianSession(0)
-    reference, draws = session.policy.parameters(), draw(SHORT, session, 1, torch.device("cpu"))
+    session, walk = GaussianSession(0), penalty(walk=SHORT).walk
+    reference, draws = session.policy.parameters(), draw(walk, session, 1, torch.device("cpu"))
 
     def upper(theta):
         return 10 * theta["mean"].sum()
 
     def drift(divergence):
-        return norm(combine(climb(SHORT, session.policy, draws, upper, divergence), reference, -1.0))
+        return norm(combine(climb(walk, session.policy, draws, upper, divergence), reference, -1.0))
 
     assert drift(divergence_from(reference, session.policy, 1e3)) < drift(None)
 
@@ -134,7 +140,7 @@ def test_the_divergence_is_the_gaussians_kl():
 @pytest.mark.parametrize("reference", ["initial", "pretrained"])
 def test_its_state_resumes_exactly(reference, tmp_path):
     options = {**FEW, "walk": SHORT, "reference": reference, "gate": "off", "sigma_decay": 0.5}
-    straight, cut_short, resumed = (Penalty(**options) for _ in range(3))
+    straight, cut_short, resumed = (penalty(**options) for _ in range(3))
     for updater in (straight, cut_short):
         updater.start(GaussianSession(9))
     expected, metrics, _ = weights_after(straight, sessions=3)
@@ -150,7 +156,7 @@ def test_its_state_resumes_exactly(reference, tmp_path):
 
 
 def test_a_walk_that_meets_nan_falls_back_to_term_1_and_is_counted(monkeypatch):
-    updater = Penalty(**FEW, walk=SHORT, gate="off", clip=math.inf)
+    updater = penalty(**FEW, walk=SHORT, gate="off", clip=math.inf)
 
     def poisoned(self, theta, obs, noise):
         return theta["mean"].sum() * math.nan
@@ -160,22 +166,22 @@ def test_a_walk_that_meets_nan_falls_back_to_term_1_and_is_counted(monkeypatch):
     assert metrics["penalty/fallbacks"] == 1 and np.isfinite(ours).all()
 
 
-@pytest.mark.parametrize("option", [{"reference": "mine"}, {"sigma": -1.0}, {"sigma_decay": 0.0}, {"upper": "x"}])
-def test_options_that_cannot_work_are_refused_by_name(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Penalty(**option)
+@pytest.mark.parametrize("wrong", [{"reference": "mine"}, {"sigma": -1.0}, {"sigma_decay": 0.0}, {"upper": "x"}])
+def test_options_that_cannot_work_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        penalty(**wrong)
 
 
-@pytest.mark.parametrize("option", [{"steps": 0}, {"scale": 0.0}, {"rollout_steps": 1}])
-def test_a_walk_that_cannot_work_is_refused_by_name(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Walk(**option)
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"scale": 0.0}, {"rollout_steps": 1}])
+def test_a_walk_that_cannot_work_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        penalty(walk=wrong)
 
 
 def test_the_halves_are_estimated_from_different_labels():
     """Two walks on disjoint labels do not end at the same policy."""
     session, reward = GaussianSession(0), quadratic_reward()
-    updater, found = Penalty(walk=SHORT, sigma=10.0), {}
+    updater, found = penalty(walk=SHORT, sigma=10.0), {}
     roll = updater._roll
 
     def keep(policies, half, session):

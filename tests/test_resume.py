@@ -37,7 +37,7 @@ TINY = [
     "agent.batch_size=16",
     "agent.buffer_size=300",  # the replay wraps
     "reward.hidden=[8]",
-    "updater.epochs=4",
+    "updater.fit.epochs=4",
     "feedback.every=60",
     "feedback.budget=40",
     "feedback.per_session=6",
@@ -46,10 +46,10 @@ TINY = [
     "eval.episodes=2",
 ]
 MORE = {
-    "aparl": ["reward.activation=silu", "updater.least_steps=6"],
-    "penalty": ["reward.activation=silu", "updater.least_steps=6"],
+    "aparl": ["reward.activation=silu", "updater.fit.least_steps=6"],
+    "penalty": ["reward.activation=silu", "updater.fit.least_steps=6"],
     "fresh": ["updater.pairs=fresh"],
-    "surf": ["updater.steps_per_label=null"],  # fewer steps than it takes by default
+    "surf": ["updater.fit.steps_per_label=null"],  # fewer steps than it takes by default
 }
 
 
@@ -213,7 +213,7 @@ def test_other_parts_resume_exactly(tmp_path: Path, more: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("env", ["walker-walk", "door-open"])
 def test_real_simulators_resume_in_the_middle_of_an_episode(tmp_path: Path, env: str) -> None:
-    more = [f"env={env}", "env.horizon=120", "total_steps=250", "updater.epochs=5"]
+    more = [f"env={env}", "env.horizon=120", "total_steps=250", "updater.fit.epochs=5"]
     reference = finish(made(tmp_path / "a", *more))
     loop = made(tmp_path / "b", *more)
     for step in (50, 171, 203):  # episodes begin at multiples of 120

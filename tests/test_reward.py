@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.fitting import Fitting, train_epochs
+from pbrl.fitting import train_epochs
 from pbrl.losses import bradley_terry_loss, calibration_error, correct, log_likelihood, preference_logits
-from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import ACTIVATIONS, OUTPUTS, RewardEnsemble
-from pbrl.types import Answer, Query, Segments
+from pbrl.types import Segments
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -191,48 +190,3 @@ def test_no_pairs_train_nothing() -> None:
     )
     assert metrics["reward/epochs"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, reward.parameters(), strict=True))
-
-
-def learned_steps(crop: float, least_steps: int = 0, shrink: float = 0.0) -> tuple[dict[str, float], np.ndarray]:
-    """Fit pairs whose better segment has the larger first coordinates; the reward of a large one and of a small one."""
-    draw = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(40, 10, 2, generator=draw) for _ in range(2))
-    preferences = Preferences({})
-    task = torch.stack([first[..., 0], second[..., 0]], 1)
-    actions = torch.zeros(40, 10, 1)
-    query = Query(Segments(first, actions), Segments(second, actions), task, 0.0)
-    better = first[..., 0].sum(1) > second[..., 0].sum(1)
-    preferences.add(query, Answer(better.float(), torch.ones(40, dtype=torch.bool)), 0)
-    reward = RewardEnsemble(2, 1, members=2, hidden=(16,), learning_rate=1e-2, seed=0)
-    fit = Fitting(3, 128, 0.0, least_steps, crop, shrink)
-    metrics = fit(reward, preferences, np.random.default_rng(0))
-    return metrics, reward.predict(np.array([[2.0, 0], [-2.0, 0]], np.float32), np.zeros((2, 1), np.float32)).mean(0)
-
-
-def test_least_steps_outlast_both_limits() -> None:
-    assert learned_steps(0.0)[0]["reward/epochs"] == 1  # any accuracy is enough to stop
-    metrics, rewards = learned_steps(0.0, least_steps=60)
-    assert metrics["reward/epochs"] == 60
-    assert rewards[0] > rewards[1]
-
-
-def test_crops_are_drawn_anew_and_still_teach_the_same() -> None:
-    whole, cropped = (learned_steps(crop, least_steps=60) for crop in (0.0, 0.5))
-    assert whole[0]["reward/loss"] != cropped[0]["reward/loss"]
-    assert cropped[1][0] > cropped[1][1] + 0.1
-
-
-def test_shrinking_centres_the_rewards() -> None:
-    free, shrunk = (learned_steps(0.0, 200, shrink)[1] for shrink in (0.0, 25.0))
-    assert shrunk[0] > shrunk[1]
-    assert abs(shrunk.mean()) < abs(free.mean())
-    assert np.abs(shrunk).max() < np.abs(free).max()
-
-
-def test_fitting_refuses_numbers_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"updater\.crop=1\.0"):
-        Fitting(1, 1, 1.0, 0, 1.0)
-    with pytest.raises(ValueError, match=r"updater\.shrink=-1"):
-        Fitting(1, 1, 1.0, 0, 0.0, -1)
-    with pytest.raises(ValueError, match=r"updater\.least_steps=-1"):
-        Fitting(1, 1, 1.0, -1)

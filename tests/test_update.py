@@ -17,7 +17,8 @@ from envs.pointmass import PointMass
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, Perceptrons, supports
 from pbrl.agent.networks import ResidualBlock, SquashedStdActor
 from pbrl.agent.replay import Batch
-from pbrl.agent.sac import METRICS, PreferenceSAC, make_agent
+from pbrl.agent.sac import METRICS, PreferenceSAC
+from tests.conftest import option
 
 SIZE = (
     64  # rows of a batch; with two action entries a multiple of 16: one normal draw of 2·SIZE rows equals two of SIZE
@@ -25,8 +26,11 @@ SIZE = (
 
 
 def agent(**options: Any) -> PreferenceSAC:
-    defaults: dict[str, Any] = {"seed": 3, "net_arch": (32, 24), "batch_size": SIZE, "buffer_size": 500}
-    return make_agent(PointMass(), **(defaults | options))
+    """Small, with SB3's own initialisation and standard deviation, so that it can be compared with SB3's SAC."""
+    small = {"seed": 3, "net_arch": [32, 24], "batch_size": SIZE, "buffer_size": 500, "learning_rate": 3e-4}
+    as_sb3 = {"log_std_range": None, "orthogonal_init": False, "compile": False}
+    made: PreferenceSAC = option("agent", "sac", env=PointMass(), **(small | as_sb3 | options))
+    return made
 
 
 def batches(count: int, of: PreferenceSAC, seed: int = 0) -> list[Batch]:

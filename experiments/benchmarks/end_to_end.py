@@ -122,7 +122,7 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     pairs = fitting.BLOCK_PAIRS
     if variant == "stock":
         slow_down(loop)
-        fitting.BLOCK_PAIRS = int(cfg.updater.batch_size)
+        fitting.BLOCK_PAIRS = int(cfg.updater.fit.batch_size)
     loop.agent.prepare()
     split, agent = Split(), loop.agent
     split.wrap(agent, "train", "update")

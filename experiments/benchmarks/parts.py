@@ -13,7 +13,7 @@ from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.update import Still, fill
 from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.replay import RelabelReplay
-from pbrl.fitting import Fitting
+from pbrl.launch.shipped import make
 from pbrl.losses import bradley_terry_loss
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
@@ -62,7 +62,7 @@ def reward_training() -> list[dict[str, Any]]:
         for _ in range(2)
     )
     labels = torch.randint(2, (BATCH,), generator=draw).float()
-    preferences, fit = Preferences(), Fitting(1, BATCH, 2.0)
+    preferences, fit = Preferences(), make("updater", "pebble-published", fit={"epochs": 1, "stop_accuracy": 2.0}).fit
     query = Query(first, second, torch.zeros(BATCH, 2, HORIZON), 0.0)
     preferences.add(query, Answer(labels, torch.ones(BATCH, dtype=torch.bool)), 0)
     rows = []

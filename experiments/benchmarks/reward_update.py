@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from pbrl.agent.sac import make_agent
+from pbrl.launch.shipped import make
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
-from pbrl.second_term.implicit import Implicit
 from pbrl.session import AgentSession
 from pbrl.types import Answer
-from pbrl.updaters.aparl import APARL
-from pbrl.updaters.pebble import Pebble
-from pbrl.updaters.penalty import Penalty
 
 OBS, ACT, STEPS, EPISODE, PAIRS, SEGMENT = 24, 6, 10_000, 1000, 100, 50
 
@@ -57,7 +54,7 @@ class Walk(gym.Env[np.ndarray, np.ndarray]):
 
 def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
     """A session whose fresh rollouts and answers are those of the module's text."""
-    agent = make_agent(Walk(), seed=0, learning_starts=0, buffer_size=2 * steps)
+    agent = make("agent", "sac", env=Walk(), seed=0, learning_starts=0, buffer_size=2 * steps, compile=False)
     agent.attach(Rollouts(3 * steps, OBS, ACT))
     found = AgentSession(agent, np.random.default_rng(0))
     found.collect_fresh(steps)
@@ -71,14 +68,15 @@ def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
 
 def updaters(epochs: int) -> dict[str, Any]:
     """The updates to compare; stop_accuracy above 1: all epochs are done."""
-    same: dict[str, Any] = {"epochs": epochs, "stop_accuracy": 2.0}
+    fit = {"epochs": epochs, "stop_accuracy": 2.0, "batch_size": 128, "least_steps": 0, "crop": None, "shrink": 0.0}
+    aparl, penalty = (partial(make, "updater", name, fit=fit) for name in ("aparl", "penalty"))
     return {
-        "pebble": Pebble(**same, pairs="fresh"),
-        "aparl, gated (closed)": APARL(**same),
-        "aparl, gate off (Term 2 at every step)": APARL(**same, gate="off"),
-        "aparl, full Hessian, gated": APARL(**same, implicit=Implicit("full")),
-        "penalty, gated (closed)": Penalty(**same),
-        "penalty, gate off": Penalty(**same, gate="off"),
+        "pebble": make("updater", "pebble", fit=fit, pairs="fresh"),
+        "aparl, gated (closed)": aparl(),
+        "aparl, gate off (Term 2 at every step)": aparl(gate="off"),
+        "aparl, full Hessian, gated": aparl(implicit={"estimator": "full"}),
+        "penalty, gated (closed)": penalty(),
+        "penalty, gate off": penalty(gate="off"),
     }
 
 

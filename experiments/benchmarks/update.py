@@ -16,7 +16,8 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 
 from experiments.benchmarks.timing import interleaved
-from pbrl.agent.sac import PreferenceSAC, make_agent
+from pbrl.agent.sac import PreferenceSAC
+from pbrl.launch.shipped import make
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lean": {"obs": 24, "act": 6, "net_arch": (256, 256), "batch": 256},
@@ -24,6 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dmc": {"obs": 24, "act": 6, "net_arch": (1024, 1024), "batch": 1024},
 }
 TRANSITIONS = 10_000
+STOCK: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "log_std_range": None,
+    "orthogonal_init": False,
+    "compile": False,
+}  # as in SB3
 
 
 class Still(gym.Env):
@@ -63,7 +70,7 @@ def agents(setting: dict[str, Any]) -> dict[str, SAC]:
     stock = SAC("MlpPolicy", env, buffer_size=TRANSITIONS, policy_kwargs={"net_arch": arch}, seed=0, device="cpu")
     stock.set_logger(Logger(None, []))
     ours: dict[str, PreferenceSAC] = {
-        name: make_agent(env, seed=0, net_arch=arch, buffer_size=TRANSITIONS, precision=precision)
+        name: make("agent", "sac", env=env, seed=0, net_arch=arch, **STOCK, precision=precision)
         for name, precision in (
             ("autograd", "fp32"),
             ("fp32", "fp32"),

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pbrl.files import foreign_entry, open_in_place, read_yaml
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError
 from pbrl.launch.constructors import check_stored, needs_trust
+from pbrl.launch.upgrade import upgrade
 
 MOVED = {  # modules whose classes stored configs name by their places of before version 0.2
     "pbrl.agent": "pbrl.agent.sac",
@@ -127,6 +128,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise ConfigError(f"{path} is damaged: it has no table {group} with a _target_")
     _rename_moved(stored)
     _move_pay(stored["agent"], stored["reward"])
+    upgrade(stored)
     return stored, {str(group): str(name) for group, name in choices.items()}
 
 

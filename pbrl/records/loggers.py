@@ -10,7 +10,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,7 +113,7 @@ class WandB:
         project: str = "pbrl",
         entity: str | None = None,
         mode: str = "auto",
-        tags: list[str] | None = None,
+        tags: Sequence[str] = (),
         artifacts: bool = False,
         init_timeout: float = 30,
     ) -> None:
@@ -135,7 +135,7 @@ class WandB:
             "group": "/".join(names),
             "job_type": "train",
             "name": f"{names[0]}-{names[1]}-s{run_config.get('seed')}",
-            "tags": [tag[:64] for tag in [*names, f"seed:{run_config.get('seed')}", *(tags or [])]],
+            "tags": [tag[:64] for tag in [*names, f"seed:{run_config.get('seed')}", *tags]],
             "config": {**run_config, "choices": dict(choices)},  # as in config.yaml: pbrl.compare reads both
         }
         mode = self._mode(mode)

@@ -24,7 +24,9 @@ from pbrl.second_term.fresh import PARTS, Trajectories, cut
 from pbrl.second_term.guard import Estimate, WeightedRows
 from pbrl.types import PolicyView, Session
 
-FOLD_FIT = Fitting(epochs=1, batch_size=32, stop_accuracy=2.0, least_steps=100, crop=0.3, shrink=0.3)
+FOLD_FIT = Fitting(
+    epochs=1, batch_size=32, stop_accuracy=2.0, least_steps=100, steps_per_label=None, crop=(0.7, 1.0), shrink=0.3
+)
 
 
 def critic_adjoint_estimate(

@@ -49,7 +49,7 @@ def estimate(
         return Estimate(None)
     closed_form = upper == "win_rate" or settings.estimator == "covariance"
     share = 1.0 if closed_form and utility is None else LABELLED_SHARE
-    fresh = divide(preferences, session.fresh_pairs, episodes, settings.horizon, share)
+    fresh = divide(preferences, session.fresh_pairs, episodes, settings.trajectory_length, share)
     if not fresh.enough(pieces=share < 1):
         return Estimate(None, metrics={"pairs": float(len(fresh.pairs))})
     scores: list[ScoreRows] = []
@@ -87,7 +87,7 @@ def _through_critics(
         preferences,
         session,
         rng,
-        horizon=settings.horizon,
+        horizon=settings.trajectory_length,
         rows=settings.rows,
         ridge=settings.ridge,
         trace_decay=settings.trace_decay,

@@ -34,7 +34,7 @@ ESTIMATORS = ("fisher", "full", "paper", "covariance", *CRITIC_BASED, "off")
 COMPARED = ("advantage", "value")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Implicit:
     """How the implicit term is estimated.
 
@@ -44,7 +44,7 @@ class Implicit:
             needs neither a solve nor scores but continues every labelled segment's start state; or one through the
             critics, with an upper objective of its own: `critic-pairs` (`pbrl.second_term.critic_pairs`),
             `critic-adjoint` and `low-dimensional` (`pbrl.second_term.critic_adjoint`); or `off`.
-        horizon: environment steps per trajectory of V; episodes are cut to it.
+        trajectory_length: environment steps per trajectory of V; episodes are cut to it.
         damping: multiple of the mean Fisher eigenvalue, ≥ 0. The largest is some 1000 times the mean: below 30 a solve
             needs hundreds of iterations.
         max_iter: of the solver. tol: relative residual to reach, else the term is not used.
@@ -61,15 +61,15 @@ class Implicit:
         ValueError: for an unknown estimator or a number out of range.
     """
 
-    estimator: str = "fisher"
-    horizon: int = 50
-    damping: float = 30.0
-    max_iter: int = 100
-    tol: float = 1e-3
-    trace_decay: float = 1.0
-    center: bool = True
-    states: int = 2048
-    branches: int = 2
+    estimator: str
+    trajectory_length: int
+    damping: float
+    max_iter: int
+    tol: float
+    trace_decay: float
+    center: bool
+    states: int
+    branches: int
     rows: int = 8192
     ridge: float = 0.01
     compare: str = "advantage"
@@ -78,7 +78,7 @@ class Implicit:
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"implicit.estimator={self.estimator}; expected one of {', '.join(ESTIMATORS)}")
-        for name in ("horizon", "max_iter", "states", "branches", "rows", "actions"):
+        for name in ("trajectory_length", "max_iter", "states", "branches", "rows", "actions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"implicit.{name}={getattr(self, name)}; expected at least 1")
         if self.compare not in COMPARED:

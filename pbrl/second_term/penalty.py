@@ -22,7 +22,7 @@ from pbrl.second_term.guard import WeightedRows
 from pbrl.types import Params, PolicyView, Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Walk:
     """How theta_sigma is found: normalised steps from theta (BRL Lemma 1).
 
@@ -30,7 +30,7 @@ class Walk:
         steps: K, actor gradients per walk.
         scale: length of the first step, in units of theta; step k has scale / k, all together scale · (ln K + 0.6).
         states: replay states per gradient of V.
-        horizon: environment steps per trajectory of V; episodes are cut to it.
+        trajectory_length: environment steps per trajectory of V; episodes are cut to it.
         twin: let theta climb V by the same K steps, as in BRL's Algorithm 1, and roll that policy out too. Without it
             the fresh rollouts stand for theta, and as theta_sigma climbs V besides G, the bracket then also holds
             whatever SAC had still to gain: a reproducible difference that has nothing to do with G.
@@ -40,15 +40,15 @@ class Walk:
         ValueError: for a number out of range.
     """
 
-    steps: int = 50
-    scale: float = 0.1
-    states: int = 256
-    horizon: int = 50
-    twin: bool = True
-    rollout_steps: int = 1000
+    steps: int
+    scale: float
+    states: int
+    trajectory_length: int
+    twin: bool
+    rollout_steps: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "states", "horizon"):
+        for name in ("steps", "states", "trajectory_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"walk.{name}={getattr(self, name)}; expected at least 1")
         if self.scale <= 0 or self.rollout_steps < 4:
@@ -84,7 +84,7 @@ def climb(
     Raises:
         FloatingPointError: if a gradient is not finite.
     """
-    steps, drawn = discounted_steps(policy.gamma, walk.horizon), iter(draws)
+    steps, drawn = discounted_steps(policy.gamma, walk.trajectory_length), iter(draws)
 
     def objective(theta: Params) -> Tensor:
         obs, noise = next(drawn)

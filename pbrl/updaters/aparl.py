@@ -32,7 +32,7 @@ class APARL(Updater):
     pathwise mixed derivative is taken here.
 
     Args:
-        epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
+        fit: Term 1, how the answers are fitted.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
         upper: `preference` (the paper's) or `win_rate`; see `pbrl.second_term.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
@@ -48,27 +48,22 @@ class APARL(Updater):
 
     def __init__(
         self,
-        epochs: int = 50,
-        batch_size: int = 128,
-        stop_accuracy: float = 0.97,
-        earlier_share: float | None = None,
-        upper: str = "preference",
-        utility: Utility | None = None,
-        regulariser: Regulariser | None = None,
-        implicit: Implicit | None = None,
-        gate: Gate | str | bool | None = None,
-        clip: float | str = 0.1,
-        least_steps: int = 0,
-        crop: float = 0.0,
-        shrink: float = 0.0,
+        *,
+        fit: Fitting,
+        earlier_share: float | None,
+        upper: str,
+        utility: Utility | None,
+        regulariser: Regulariser | None,
+        implicit: Implicit,
+        gate: Gate | str | bool,
+        clip: float | str,
     ) -> None:
         check_upper(upper)
         check_share(earlier_share)
-        self.fit = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink)
+        self.fit, self.implicit = fit, implicit
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
-        self.implicit = Implicit() if implicit is None else implicit
         check_estimator(self.implicit, upper, utility)
-        self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
+        self.safeguard = Safeguard(as_gate(gate), as_limit(clip))
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
@@ -77,7 +72,7 @@ class APARL(Updater):
         metrics, found = self.safeguard.train(
             reward,
             None if off else self.second_term(reward, preferences, session),
-            direct(self.utility, self.regulariser, reward, session.fresh(), self.implicit.horizon),
+            direct(self.utility, self.regulariser, reward, session.fresh(), self.implicit.trajectory_length),
             lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
         return metrics | {f"aparl/{name}": value for name, value in found.items()}

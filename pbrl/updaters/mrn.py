@@ -63,7 +63,7 @@ class Mrn(Updater):
     limit is no end of the episode (the published code treats it as one in this step only).
 
     Args:
-        epochs, batch_size, stop_accuracy, pairs: as in `Pebble`.
+        fit, pairs: as in `Pebble`.
         meta_every: environment steps between meta-steps.
         meta_batch_size: transitions of the critics' step.
         meta_pairs: latest answered pairs in the outer loss (MRN: as many as a session has).
@@ -73,15 +73,14 @@ class Mrn(Updater):
 
     def __init__(
         self,
-        epochs: int = 50,
-        batch_size: int = 128,
-        stop_accuracy: float = 0.97,
-        pairs: str = "buffer",
-        meta_every: int = 5000,
-        meta_batch_size: int = 256,
-        meta_pairs: int = 10,
-        critic_learning_rate: float = 5e-4,
-        outer_weight: float = 0.1,
+        *,
+        fit: Fitting,
+        pairs: str,
+        meta_every: int,
+        meta_batch_size: int,
+        meta_pairs: int,
+        critic_learning_rate: float,
+        outer_weight: float,
     ) -> None:
         for name, ok in (
             ("pairs", pairs in ("buffer", "fresh")),
@@ -92,7 +91,7 @@ class Mrn(Updater):
         ):
             if not ok:
                 raise ValueError(f"updater.{name}={locals()[name]} is out of range")
-        self.fit, self.pairs = Fitting(epochs, batch_size, stop_accuracy), pairs
+        self.fit, self.pairs = fit, pairs
         self.between_every, self.meta_batch_size, self.meta_pairs = meta_every, meta_batch_size, meta_pairs
         self.critic_learning_rate, self.outer_weight = critic_learning_rate, outer_weight
 

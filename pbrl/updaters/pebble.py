@@ -13,26 +13,17 @@ class Pebble(Updater):
     """Cross-entropy on the answered pairs.
 
     Args:
-        epochs: passes over all answers per update at the most (B-Pref: 50 on dm_control, 10 on Meta-World).
-        batch_size: pairs per member and step.
-        stop_accuracy: stop after the first epoch above it.
+        fit: how they are fitted.
         pairs: "buffer" asks about recent episodes, "fresh" about rollouts of the present policy.
-        least_steps, crop, shrink: see `Fitting`; 0 as published.
+
+    Raises:
+        ValueError: for other pairs.
     """
 
-    def __init__(
-        self,
-        epochs: int = 50,
-        batch_size: int = 128,
-        stop_accuracy: float = 0.97,
-        pairs: str = "buffer",
-        least_steps: int = 0,
-        crop: float = 0.0,
-        shrink: float = 0.0,
-    ) -> None:
+    def __init__(self, *, fit: Fitting, pairs: str) -> None:
         if pairs not in ("buffer", "fresh"):
             raise ValueError(f"updater.pairs={pairs}; expected buffer or fresh")
-        self.fit, self.pairs = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink), pairs
+        self.fit, self.pairs = fit, pairs
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member on all answers; returns `train_epochs`' metrics."""

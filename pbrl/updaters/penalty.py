@@ -29,7 +29,7 @@ class Penalty(Updater):
     """Cross-entropy on fresh pairs, and the penalty bracket behind a gate.
 
     Args:
-        epochs, batch_size, stop_accuracy, least_steps, crop, shrink: see `Fitting`.
+        fit: Term 1, how the answers are fitted.
         earlier_share: see `training_rows`; null: all pairs, as PEBBLE.
         upper: `preference` (the paper's) or `win_rate`; see `pbrl.second_term.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
@@ -50,23 +50,19 @@ class Penalty(Updater):
 
     def __init__(
         self,
-        epochs: int = 50,
-        batch_size: int = 128,
-        stop_accuracy: float = 0.97,
-        earlier_share: float | None = None,
-        upper: str = "preference",
-        utility: Utility | None = None,
-        regulariser: Regulariser | None = None,
-        sigma: float = 1.0,
-        sigma_decay: float = 1.0,
-        walk: Walk | None = None,
-        reference: str = "none",
-        reference_weight: float = 0.1,
-        gate: Gate | str | bool | None = None,
-        clip: float | str = 0.1,
-        least_steps: int = 0,
-        crop: float = 0.0,
-        shrink: float = 0.0,
+        *,
+        fit: Fitting,
+        earlier_share: float | None,
+        upper: str,
+        utility: Utility | None,
+        regulariser: Regulariser | None,
+        sigma: float,
+        sigma_decay: float,
+        walk: Walk,
+        reference: str,
+        reference_weight: float,
+        gate: Gate | str | bool,
+        clip: float | str,
     ) -> None:
         check_upper(upper)
         check_share(earlier_share)
@@ -77,12 +73,11 @@ class Penalty(Updater):
                 f"updater.sigma={sigma}, sigma_decay={sigma_decay}, reference_weight={reference_weight}; "
                 "expected ≥ 0, in (0, 1] and ≥ 0"
             )
-        self.fit = Fitting(epochs, batch_size, stop_accuracy, least_steps, crop, shrink)
+        self.fit, self.walk = fit, walk
         self.earlier_share, self.upper, self.utility, self.regulariser = earlier_share, upper, utility, regulariser
         self.first_sigma, self.sigma_decay = sigma, sigma_decay
-        self.walk = Walk() if walk is None else walk
         self.reference, self.reference_weight = reference, reference_weight
-        self.safeguard = Safeguard(Gate() if gate is None else as_gate(gate), as_limit(clip))
+        self.safeguard = Safeguard(as_gate(gate), as_limit(clip))
         self.sessions = 0
         self.reference_policy: Params | None = None
 
@@ -104,7 +99,7 @@ class Penalty(Updater):
         metrics, found = self.safeguard.train(
             reward,
             self.second_term(reward, preferences, session) if self.first_sigma else None,
-            direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.horizon),
+            direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.trajectory_length),
             lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
         self.sessions += 1
@@ -119,7 +114,7 @@ class Penalty(Updater):
             return Estimate(None)
         rolls = self.walk.twin and self.utility is None  # its own rollouts are all it needs
         share = 1.0 if rolls else LABELLED_SHARE
-        fresh = divide(preferences, session.fresh_pairs, episodes, self.walk.horizon, share)
+        fresh = divide(preferences, session.fresh_pairs, episodes, self.walk.trajectory_length, share)
         if not fresh.enough(pieces=not rolls):
             return Estimate(None)
         scores = [pair_scores(self.upper, reward, fresh.pairs)]
@@ -156,7 +151,7 @@ class Penalty(Updater):
         comes then has opposite signs in the two estimates, and cannot pass for agreement."""
         order = list(range(len(policies)))[:: 1 if half == 0 else -1]
         steps = self.walk.rollout_steps // (2 * len(policies))
-        rolled = {i: cut(session.rollout(policies[i], steps), self.walk.horizon) for i in order}
+        rolled = {i: cut(session.rollout(policies[i], steps), self.walk.trajectory_length) for i in order}
         return [rolled[i] for i in range(len(policies))]
 
     # ------------------------------------------------------------------------------------------------ exact resume

@@ -44,7 +44,7 @@ class Rime(Updater):
     """Denoises the answers for another updater.
 
     Args:
-        inner: the updater to wrap; one call of it is one epoch, so its own number of epochs is usually 1.
+        inner: the updater to wrap; one call of it is one epoch, so its own `fit.epochs` is usually 1.
         epochs: at the most. least_epochs: at the least. stop_accuracy: stop after an epoch above it.
         alpha: of tau_low. beta_first, beta_last: weight of the variance, over the run's first `beta_epochs` epochs.
         flip: probability below which a label is held to be wrong and flipped.
@@ -58,19 +58,20 @@ class Rime(Updater):
 
     def __init__(
         self,
+        *,
         inner: Updater,
-        epochs: int = 50,
-        least_epochs: int = 15,
-        stop_accuracy: float = 0.98,
-        alpha: float = 0.5,
-        beta_first: float = 3.0,
-        beta_last: float = 1.0,
-        beta_epochs: int = 60,
-        flip: float = 0.001,
-        rate: float = 0.1,
-        warm_updates: int = 5000,
-        warm_batch_size: int = 256,
-        nearest: int = 5,
+        epochs: int,
+        least_epochs: int,
+        stop_accuracy: float,
+        alpha: float,
+        beta_first: float,
+        beta_last: float,
+        beta_epochs: int,
+        flip: float,
+        rate: float,
+        warm_updates: int,
+        warm_batch_size: int,
+        nearest: int,
     ) -> None:
         inner = as_updater(inner)
         if inner.pairs == "none":

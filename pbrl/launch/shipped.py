@@ -1,0 +1,38 @@
+"""What the shipped options describe, built outside a run: for tests, experiments and notebooks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from pbrl.launch.configuration import register_resolvers
+
+
+def make(group: str, option: str, task: str = "pointmass", **changes: Any) -> Any:
+    """The object that a shipped option describes, in a run on this task (an option of `env`), some values changed.
+
+    Nested values are given as tables: `make("updater", "aparl", fit={"epochs": 3}, implicit={"estimator": "off"})`;
+    arguments that are known only at run time (`configuration.PASSED`) alike.
+
+    Raises:
+        what the object's constructor raises.
+    """
+    try:
+        return instantiate(OmegaConf.create(_composed(group, option, task)), _convert_="all", **changes)
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+@functools.cache
+def _composed(group: str, option: str, task: str) -> Any:
+    register_resolvers()
+    with initialize_config_module("pbrl.conf", version_base="1.3"):
+        cfg = compose("train", overrides=[f"env={task}", f"{group}={option}"])
+    return OmegaConf.to_container(cfg[group], resolve=True)

@@ -1,0 +1,89 @@
+"""How answers are fitted: limits, crops, the price on size; what pieces of segments are drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pbrl.fitting import crops
+from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble
+from pbrl.types import Answer, Query, Segments
+from tests.conftest import option
+
+
+def learned_steps(**changes: Any) -> tuple[dict[str, float], np.ndarray]:
+    """Fit pairs whose better segment has the larger first coordinates; the reward of a large one and of a small one."""
+    draw = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(40, 10, 2, generator=draw) for _ in range(2))
+    preferences = Preferences({})
+    task = torch.stack([first[..., 0], second[..., 0]], 1)
+    actions = torch.zeros(40, 10, 1)
+    query = Query(Segments(first, actions), Segments(second, actions), task, 0.0)
+    better = first[..., 0].sum(1) > second[..., 0].sum(1)
+    preferences.add(query, Answer(better.float(), torch.ones(40, dtype=torch.bool)), 0)
+    reward = RewardEnsemble(2, 1, members=2, hidden=(16,), learning_rate=1e-2, seed=0)
+    fit = option("updater", "pebble-published", fit={"epochs": 3, "stop_accuracy": 0.0} | changes).fit
+    metrics = fit(reward, preferences, np.random.default_rng(0))
+    return metrics, reward.predict(np.array([[2.0, 0], [-2.0, 0]], np.float32), np.zeros((2, 1), np.float32)).mean(0)
+
+
+def test_least_steps_outlast_both_limits() -> None:
+    assert learned_steps()[0]["reward/epochs"] == 1  # any accuracy is enough to stop
+    metrics, rewards = learned_steps(least_steps=60)
+    assert metrics["reward/epochs"] == 60
+    assert rewards[0] > rewards[1]
+
+
+def test_crops_are_drawn_anew_and_still_teach_the_same() -> None:
+    whole, cropped = (learned_steps(crop=crop, least_steps=60) for crop in (None, [0.5, 1.0]))
+    assert whole[0]["reward/loss"] != cropped[0]["reward/loss"]
+    assert cropped[1][0] > cropped[1][1] + 0.1
+
+
+def test_shrinking_centres_the_rewards() -> None:
+    free, shrunk = (learned_steps(least_steps=200, shrink=shrink)[1] for shrink in (0.0, 25.0))
+    assert shrunk[0] > shrunk[1]
+    assert abs(shrunk.mean()) < abs(free.mean())
+    assert np.abs(shrunk).max() < np.abs(free).max()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"least_steps": -1},
+        {"steps_per_label": 0.0},
+        {"crop": [0.0, 1.0]},
+        {"crop": [1.0, 0.5]},
+        {"crop": [0.5]},
+        {"shrink": -1.0},
+    ],
+    ids=str,
+)
+def test_fitting_refuses_numbers_out_of_range(wrong: dict[str, Any]) -> None:
+    [(name, _)] = wrong.items()
+    with pytest.raises(ValueError, match=rf"updater\.fit\.{name}=.*; expected"):
+        option("updater", "pebble", fit=wrong)
+
+
+def test_crops_have_the_published_lengths_and_can_lie_anywhere() -> None:
+    first, second = crops(4000, 16, 7, 13, np.random.default_rng(0))
+    lengths = first.sum(1)
+    assert torch.equal(lengths, second.sum(1)), "both segments of a pair keep the same number of steps"
+    assert set(lengths.tolist()) == set(range(7, 14))
+    for kept in (first, second):
+        edges = (kept[:, 1:] != kept[:, :-1]).sum(1) + kept[:, 0].int() + kept[:, -1].int()
+        assert (edges == 2).all(), "one piece without holes"
+        starts = kept.int().argmax(1)
+        assert set(starts[lengths == 7].tolist()) == set(range(10)), "the first and the last start occur"
+    assert (first != second).any()
+
+
+def test_crops_never_exceed_what_is_stored() -> None:
+    first, _ = crops(500, 10, 7, 13, np.random.default_rng(0))  # no margin: an imported data set
+    assert set(first.sum(1).tolist()) == {7, 8, 9, 10}

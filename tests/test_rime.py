@@ -1,0 +1,119 @@
+"""RIME: divergences and thresholds by hand, flips, and the warm start."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pbrl.preferences import Preferences
+from pbrl.updaters.rime import divergences
+from tests.conftest import finish, option, tiny_loop
+from tests.preference_problem import answered, session, small_reward
+
+
+def trained_on(preferences: Preferences, reward: Any, **fit: Any) -> None:
+    option("updater", "pebble-published", fit=fit).update(reward, preferences, session())
+
+
+def test_divergences_by_hand() -> None:
+    logits = torch.tensor([[math.log(3.0), 0.0], [math.log(1 / 3), 0.0]])  # means 0.5, 0.5
+    assert divergences(logits, torch.tensor([1.0, 0.5])).tolist() == pytest.approx([math.log(2), 0.0], abs=1e-9)
+    one = torch.tensor([[math.log(9.0)] * 3])  # p = 0.9
+    expected = [-math.log(0.9), -math.log(0.1), 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)]
+    assert divergences(one, torch.tensor([1.0, 0.0, 0.5])).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rime_thresholds_follow_the_paper() -> None:
+    rime = option("updater", "rime", beta_epochs=10)
+    assert rime.lower_threshold == math.inf, "at first everything is trusted"
+    rime.largest, rime.variance, rime.done = 0.7, 0.4, 5
+    assert rime.lower_threshold == pytest.approx(-math.log(0.7) + 0.5 * 0.7 + (3.0 - 0.5 * 2.0) * 0.4)
+    rime.variance, rime.done = 9.0, 100
+    assert rime.lower_threshold == pytest.approx(-math.log(0.7) + 0.35 + 3.0), "the uncertainty term is capped"
+
+
+def test_rime_flips_and_distrusts_wrong_labels() -> None:
+    preferences = answered(300, wrong=30)
+    reward = small_reward(hidden=[64])
+    trained_on(answered(300), reward, epochs=60, stop_accuracy=0.999)  # it knows the truth
+    rime = option("updater", "rime", warm_updates=0, flip=0.2)
+    rime.largest, rime.variance, rime.done = 0.7, 0.1, 60
+    trusted, flipped = rime._denoise(reward, preferences)
+    assert trusted[30:].float().mean() > 0.9
+    assert trusted[:30].float().mean() < 0.4
+    assert flipped[30:].sum() == 0
+    assert flipped[:30].sum() > 5
+    assert not (trusted & flipped).any()
+
+
+def test_rime_survives_equal_labels_and_epochs_without_trusted_pairs() -> None:
+    preferences = answered(20)
+    preferences.prefers_first[:5] = 0.5
+    reward = small_reward()
+    rime = option("updater", "rime", epochs=3, least_epochs=1, warm_updates=0)
+    metrics = rime.update(reward, preferences, session())
+    assert metrics["rime/trusted"] > 0
+    rime.largest, rime.variance, rime.done = 2.0, -100.0, 0  # a threshold below every divergence
+    before = [p.detach().clone() for p in reward.parameters()]
+    metrics = rime.update(reward, preferences, session())
+    assert metrics["rime/trusted"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, reward.parameters(), strict=True))
+
+
+def test_rime_trains_its_inner_updater_on_the_flipped_labels() -> None:
+    seen: list[tuple[Tensor, int]] = []
+
+    class Inner:
+        pairs = "buffer"
+
+        def update(self, reward: Any, preferences: Preferences, session: Any) -> dict[str, float]:
+            seen.append((preferences.prefers_first.clone(), session.new_pairs))
+            return {"reward/accuracy": 0.0}
+
+    preferences = answered(40, wrong=10)
+    reward = small_reward(hidden=[64])
+    trained_on(answered(40), reward, epochs=150, stop_accuracy=0.9999)
+    rime = option("updater", "rime", inner=Inner(), epochs=2, warm_updates=0, flip=0.45)
+    rime.largest, rime.variance, rime.done = 2.0, 0.0, 60  # tau_low = −ln 2 + 1 = 0.31; tau_high = −ln 0.45 = 0.80
+    kl = divergences(reward.preference_logits(preferences.first, preferences.second), preferences.prefers_first)
+    now = session(new_pairs=35)
+    rime.update(reward, preferences, now)
+    given = preferences.prefers_first
+    trusted, flipped = kl < 1 - math.log(2), kl > -math.log(0.45)
+    assert trusted.any()
+    assert flipped.any()
+    kept = trusted | flipped
+    assert torch.equal(seen[0][0], torch.where(flipped, 1 - given, given)[kept])
+    assert [new for _, new in seen] == [int(kept[-35:].sum()), 0], "new pairs are shown as new once"
+    assert (now.new_pairs, now.fresh_pairs) == (35, 35)
+
+
+def test_rime_starts_warm_from_the_novelty() -> None:
+    reward, now = small_reward(hidden=[32, 32], learning_rate=3e-3), session()
+    metrics = option("updater", "rime", epochs=1, warm_updates=400)._warm_start(reward, now)
+    batch = now.transitions(500)
+    with torch.no_grad():
+        paid = reward.mean(batch["obs"], batch["actions"])
+    assert np.corrcoef(paid, now.novelty(batch["obs"], 5))[0, 1] > 0.9
+    assert metrics["rime/warm_start_loss"] > 0
+
+
+def test_rime_refuses_what_it_cannot_wrap() -> None:
+    with pytest.raises(ValueError, match="nothing to denoise"):
+        option("updater", "rime", inner=option("updater", "oracle"))
+    with pytest.raises(ValueError, match="between sessions"):
+        option("updater", "rime", inner=option("updater", "mrn"))
+
+
+def test_rime_wraps_another_updater(tmp_path: Path) -> None:
+    inner = ("updater@updater.inner=surf", "updater.inner.fit.crop=[0.8, 1.2]")
+    options = ("updater=rime", *inner, "updater.warm_updates=5", "updater.epochs=3", "updater.least_epochs=1")
+    loop = tiny_loop(tmp_path / "run", *options, "total_steps=350")
+    finish(loop)
+    assert loop.parts.preferences.margin == 2, "the inner updater's margins are asked for"
