@@ -35,7 +35,7 @@ class Pay:
     pessimism_decay: float = 0.0
     lowest_of: int = 1
     disagreement_bonus: float = 0.0
-    disagreement_decay: float = 0.0
+    disagreement_decay: float = 1e-5
 
     def __post_init__(self) -> None:
         for name, wanted, good in (

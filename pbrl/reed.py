@@ -60,7 +60,7 @@ class DynamicsAwareReward(RewardEnsemble):
         pessimism_decay: float = 0.0,
         lowest_of: int = 1,
         disagreement_bonus: float = 0.0,
-        disagreement_decay: float = 0.0,
+        disagreement_decay: float = 1e-5,
     ) -> None:
         for name, value in (("epochs", epochs), ("max_updates", max_updates), ("embedding", embedding)):
             if value is not None and value < 1:

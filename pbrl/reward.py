@@ -95,7 +95,7 @@ class RewardEnsemble(nn.Module):
         pessimism_decay: float = 0.0,
         lowest_of: int = 1,
         disagreement_bonus: float = 0.0,
-        disagreement_decay: float = 0.0,
+        disagreement_decay: float = 1e-5,
     ) -> None:
         super().__init__()
         if members < max(lowest_of, 1):
