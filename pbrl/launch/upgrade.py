@@ -25,10 +25,14 @@ ABSENT = {
     "crop": 0.0,
     "shrink": 0.0,
 }
+AGENT = {"precision": "fp32", "compile": False}  # what its first versions were
 
 
 def upgrade(stored: dict[str, Any]) -> None:
     """Change a stored config in place; one of today's stays as it is."""
+    agent = stored.get("agent")
+    if isinstance(agent, dict) and agent.get("_target_") == "pbrl.agent.sac.make_agent":
+        stored["agent"] = AGENT | agent
     updater = stored["updater"]
     while isinstance(updater, dict):
         _upgrade_updater(updater, stored.get("segment_length"))
