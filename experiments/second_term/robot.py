@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pbrl.bilevel.params import cosine, norm
 from pbrl.launch.build import build
+from pbrl.launch.shipped import make
 from pbrl.launch.stored import read_config
 from pbrl.losses import log_likelihood
 from pbrl.preferences import Preferences
@@ -33,13 +34,20 @@ BLOCK = 1000  # environment steps; a stretch is some of these
 PAIRS = 5  # answered pairs about each block
 BRANCHES = 2
 
+
+def implicit(estimator: str, **changes: Any) -> Implicit:
+    """The default's settings with another estimator."""
+    made: Implicit = make("updater", "aparl", implicit={"estimator": estimator, **changes}).implicit
+    return made
+
+
 SETTINGS = {
-    "fisher": Implicit("fisher"),
-    "covariance": Implicit("covariance", branches=BRANCHES),
-    "critic-pairs (advantage)": Implicit("critic-pairs"),
-    "critic-pairs (value)": Implicit("critic-pairs", compare="value"),
-    "critic-adjoint, λ 0.9": Implicit("critic-adjoint", trace_decay=0.9),
-    "low-dimensional, λ 0.9": Implicit("low-dimensional", trace_decay=0.9),
+    "fisher": implicit("fisher"),
+    "covariance": implicit("covariance", branches=BRANCHES),
+    "critic-pairs (advantage)": implicit("critic-pairs"),
+    "critic-pairs (value)": implicit("critic-pairs", compare="value"),
+    "critic-adjoint, λ 0.9": implicit("critic-adjoint", trace_decay=0.9),
+    "low-dimensional, λ 0.9": implicit("low-dimensional", trace_decay=0.9),
 }
 
 
