@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from experiments.theory.algorithms import claim_v
+from experiments.theory.complexity import claim_ix
+from experiments.theory.constants import claim_viii
 from experiments.theory.convergence import claim_ii, claim_iv
 from experiments.theory.examples import claim_vi
 from experiments.theory.gaming import claim_vii
@@ -24,6 +26,8 @@ CLAIMS: dict[str, Callable[[bool], Result]] = {
     "v": claim_v,
     "vi": claim_vi,
     "vii": claim_vii,
+    "viii": claim_viii,
+    "ix": claim_ix,
 }
 
 

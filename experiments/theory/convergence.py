@@ -41,8 +41,8 @@ def claim_ii(quick: bool = False) -> Result:
         Finding(
             f"slope of the mean over t ≤ T, T in [{length // 2}, {length}]",
             f"{mean_slope:.3f}",
-            "−1 (its limit: a running mean cannot fall faster); ≤ −0.95",
-            mean_slope <= -0.95,
+            "−1, which is trivial: so falls a running mean of anything that falls faster than 1/t",
+            None,
         ),
         Finding(
             f"slope of the squared hypergradient at step T, T in [{length // 10}, {length}]",
@@ -64,8 +64,9 @@ def claim_ii(quick: bool = False) -> Result:
     ]
     words = (
         f"PARL's Algorithm 1 with exact gradients on {seeds} random MDPs; the hypergradient is measured with the "
-        "closed-form theta*, not with the algorithm's own estimate. The mean over T steps reaches the slope −1 of "
-        "Theorem 1; the single steps fall faster, as they should on problems this smooth."
+        "closed-form theta*, not with the algorithm's own estimate. Theorem 1's −1 for the mean over T steps says "
+        "little here: the single steps fall faster, as they should on problems this smooth, and then any running mean "
+        "falls as 1/T."
     )
     curves = {"mean over t ≤ T": (steps, running), "at step T": (steps, at_step)}
 

@@ -34,7 +34,7 @@ class Finding:
 class Result:
     """The check of one claim."""
 
-    key: str  # "i" … "vii"
+    key: str  # "i" … "ix"
     title: str
     findings: list[Finding]
     rows: list[dict]  # the CSV: one dict per measurement
