@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 16000], help="environment steps")
     parser.add_argument("--blocks", type=int, default=32, help="robot: thousands of steps to roll out")
     parser.add_argument("--most", type=int, default=8, help="robot: stretches of each size at the most")
+    names = list(robot.SETTINGS)
+    parser.add_argument("--estimators", nargs="+", choices=names, default=names, help="robot: only these")
     parser.add_argument("--repeats", type=int, default=30, help="sampled: estimates of each size")
     parser.add_argument("--seeds", type=int, default=20, help="exact, sampled: random MDPs")
     parser.add_argument("--out", type=Path, help=f"CSV; by default in {OUT}")
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"robot needs a run's folder with a checkpoint; {chosen.run} is none")
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(shutil.copytree(chosen.run, Path(folder) / chosen.run.name))
-            rows = robot.study(copy, tuple(chosen.sizes), chosen.blocks, chosen.most)
+            rows = robot.study(copy, chosen.sizes, chosen.blocks, chosen.most, chosen.estimators)
         columns, name = ROBOT_COLUMNS, f"{rows[0]['env']}.csv"
         rows = [{key: row.get(key, "") for key in columns} for row in rows]
     elif chosen.what == "exact":

@@ -61,12 +61,12 @@ class Block:
 
 
 class Stretch:
-    """A `Session` of some blocks."""
+    """A `Session` of some blocks; `index` tells stretches apart, whose replay rows differ too."""
 
-    def __init__(self, session: Any, blocks: list[Block]) -> None:
+    def __init__(self, session: Any, blocks: list[Block], index: int) -> None:
         self.session, self.blocks, self.policy = session, blocks, session.policy
         self.fresh_pairs = self.new_pairs = PAIRS * len(blocks)
-        self.env_step, self.rng = session.env_step, np.random.default_rng(0)
+        self.env_step, self.rng = session.env_step + index, np.random.default_rng(index)
 
     def fresh(self) -> list[Segments]:
         return [episode for block in self.blocks for episode in block.episodes]
@@ -124,15 +124,16 @@ def first_term(reward: RewardEnsemble, preferences: Preferences) -> Params:
         return dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
 
 
-def measured(loop: Any, blocks: list[Block], sizes: tuple[int, ...], most: int) -> list[dict]:
-    """One row per estimator, size and stretch."""
+def measured(loop: Any, blocks: list[Block], sizes: list[int], most: int, names: list[str]) -> list[dict]:
+    """One row per estimator, size and stretch. Without blocks: of estimators that need none."""
     reward, answered, rows = loop.parts.reward, loop.parts.preferences, []
     for size in sizes:
         count = size // BLOCK
-        stretches = [blocks[i : i + count] for i in range(0, len(blocks) - count + 1, count)][:most]
-        for index, chosen in enumerate(stretches):
-            for name, settings in SETTINGS.items():
-                session = Stretch(loop.session, chosen)
+        stretches = [blocks[i : i + count] for i in range(0, len(blocks) - count + 1, count)] or [[]] * most
+        for index, chosen in enumerate(stretches[:most]):
+            for name in names:
+                settings = SETTINGS[name]
+                session = Stretch(loop.session, chosen, index)
                 critics = settings.estimator in CRITIC_BASED
                 preferences = answered if critics else session.preferences()
                 settings = Implicit(**vars(settings) | {"rows": size})
@@ -156,20 +157,22 @@ def measured(loop: Any, blocks: list[Block], sizes: tuple[int, ...], most: int) 
     return rows
 
 
-def study(run: Path, sizes: tuple[int, ...], blocks: int, most: int) -> list[dict]:
+def study(run: Path, sizes: list[int], blocks: int, most: int, names: list[str]) -> list[dict]:
     """Everything of one run; its folder is left as it is but for the log of these steps.
 
     Args:
         run: a copy of a run's folder.
         blocks: of BLOCK steps to roll out.
         most: stretches of each size at the most.
+        names: of SETTINGS. `critic-pairs` needs no rollouts.
     """
+    blocks = 0 if all(SETTINGS[name].estimator == "critic-pairs" for name in names) else blocks
     stored, choices = read_config(run)
     stored.resume = str(run)
     loop = build(stored, choices, [])
     try:
         about = {"env": choices["env"], "trained_steps": loop.session.env_step, "answers": len(loop.parts.preferences)}
-        rows = measured(loop, roll(loop, blocks, np.random.default_rng(0)), sizes, most)
+        rows = measured(loop, roll(loop, blocks, np.random.default_rng(0)), sizes, most, names)
     finally:
         loop.release()
     return [about | row for row in rows]
