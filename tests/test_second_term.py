@@ -16,10 +16,8 @@ from pbrl.second_term.critic import parity, replay_halves
 from pbrl.second_term.critic_adjoint import directions, upper_advantage
 from pbrl.second_term.critic_pairs import critic_pairs_estimate
 from pbrl.second_term.fresh import Trajectories
-from pbrl.second_term.implicit import Implicit
 from pbrl.types import Answer, Query, Segments
-from pbrl.updaters.aparl import APARL
-from tests.conftest import finish, tiny_loop
+from tests.conftest import finish, option, tiny_loop
 
 # ------------------------------------------------------------------------------------------------ the truth
 
@@ -233,13 +231,13 @@ def test_behind_a_closed_gate_it_leaves_the_run_as_it_was(estimator, tmp_path):
 def test_what_an_estimator_would_ignore_is_refused():
     for ignored in ({"upper": "win_rate"}, {"utility": SimpleNamespace()}):
         with pytest.raises(ValueError, match="critic-pairs has an upper objective of its own"):
-            APARL(implicit=Implicit("critic-pairs"), **ignored)
+            option("updater", "aparl", implicit={"estimator": "critic-pairs"}, **ignored)
 
 
-@pytest.mark.parametrize("option", [{"compare": "moods"}, {"ridge": -1.0}, {"rows": 0}, {"actions": 0}])
-def test_options_that_cannot_work_are_refused_by_name(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Implicit("critic-pairs", **option)
+@pytest.mark.parametrize("bad", [{"compare": "moods"}, {"ridge": -1.0}, {"rows": 0}, {"actions": 0}])
+def test_options_that_cannot_work_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        option("updater", "aparl", implicit={"estimator": "critic-pairs"} | bad)
 
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
