@@ -49,7 +49,8 @@ def write_run(folder: Path, task: str = "walker-walk", updater: str = "pebble", 
             asked = 100 * (1 + step // 10_000)
             health = {"reward/holdout_accuracy": 0.95 - 0.3 * math.exp(-step / 2e4), "reward/calibration_error": 0.05}
             labels = {"feedback/labels": min(asked, 500), "feedback/asked": asked, "reward/loss": None}
-            rows.append({"env_step": step + 1, "time/wall": step / 50 + 1} | labels | health)
+            gap = {"reward/gap": step / 3e4, "reward/learned_per_step": 0.5, "reward/true_per_step": 0.1}
+            rows.append({"env_step": step + 1, "time/wall": step / 50 + 1} | labels | health | gap)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps({"complete": complete, "env_step": int(steps[-1])}))
     return folder
@@ -82,7 +83,7 @@ def test_report_of_28_runs_is_complete_and_needs_no_network(out: Path) -> None:
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert {Path(picture).stem for picture in pictures} == {
-        *("curves_steps", "curves_labels", "aggregate", "improvement", "samples", "profiles", "health")
+        *("curves_steps", "curves_labels", "aggregate", "improvement", "samples", "profiles", "health", "gap")
     }
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert page.count('src="data:image/png;base64,') == len(pictures)
@@ -236,6 +237,15 @@ def test_a_single_seed_has_a_score_and_no_interval(tmp_path: Path) -> None:
     tables = all_tables(gather(select(find_runs([tmp_path])), tmp_path))
     row = tables["scores"][0]
     assert row["final"] == 500 and math.isnan(row["final_low"]) and math.isnan(row["final_high"])
+
+
+def test_the_over_optimisation_gap_is_a_curve_where_it_was_logged(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    tables = all_tables(gather(select(find_runs([tmp_path])), tmp_path))
+    gap = [row for row in tables["gap"] if row["metric"] == "reward/gap"]
+    assert [(row["steps"], row["value"]) for row in gap][:3] == [(1, 0), (10_001, 1 / 3), (20_001, 2 / 3)]
+    panels = plots.measures_figure(tables["gap"], ["pebble"]).axes
+    assert [panel.get_title() for panel in panels][0] == "gap (standard deviations)" and len(panels) == 3
 
 
 def test_figures_draw_the_rows_of_the_tables(sweep: Path, tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ METRIC_NAMES = {
     "reward/calibration_error": "calibration error",
     "reward/rank_correlation": "rank correlation",
     "reward/loss": "reward loss (nats)",
+    "reward/gap": "gap (standard deviations)",
+    "reward/learned_per_step": "learned reward per step",
+    "reward/true_per_step": "task reward per step",
 }
 SHARES = ("eval/success", "reward/holdout_accuracy", "reward/calibration_error")  # between 0 and 1
 
@@ -92,8 +95,8 @@ def curves_figure(rows: Sequence[Row], axis: str, metrics: Mapping[str, str], me
     return _arranged(figure, panels, _unique(rows, "method"), methods)
 
 
-def health_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
-    """The reward model over training: a row of panels per task, a column per measure."""
+def measures_figure(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
+    """Measures of the reward model over training: a row of panels per task, a column per measure."""
     tasks, metrics = _unique(rows, "task"), _unique(rows, "metric")
     figure, panels = _panels(len(tasks) * len(metrics))
     for index, panel in enumerate(panels):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from pbrl.comparing import plots
 from pbrl.comparing.curves import Comparison
-from pbrl.comparing.tables import AXES, HEALTH, Row, Tables
+from pbrl.comparing.tables import AXES, GAP, HEALTH, Row, Tables
 
 SEEDS_FOR_A_CLAIM = 5
 DPI = 200  # of the pictures
@@ -82,6 +82,7 @@ def build_sections(data: Comparison, tables: Tables) -> list[Section]:
         "samples": _samples_section,
         "profiles": _profiles_section,
         "health": _health_section,
+        "gap": _gap_section,
         "runs": _sources_section,
     }
     return [build(data, tables) for name, build in builders.items() if tables[name]]
@@ -200,14 +201,28 @@ def _profiles_section(data: Comparison, tables: Tables) -> Section:
 
 
 def _health_section(data: Comparison, tables: Tables) -> Section:
-    last: dict[tuple[str, str], dict[str, str]] = {(row["task"], row["method"]): {} for row in tables["health"]}
-    for row in tables["health"]:
-        last[row["task"], row["method"]][row["metric"]] = _estimate(row, "value", bare=True)
-    rows = [[*pair, *(cells.get(name, "–") for name in HEALTH)] for pair, cells in last.items()]
     text = f"Measured at each feedback session; the table shows the last one. {_method(data)}"
-    figures = {"health": plots.health_figure(tables["health"], data.methods)}
-    header = ["task", "method", *(plots.METRIC_NAMES[name] for name in HEALTH)]
-    return Section("Health of the reward model", text, figures, (header, rows), "health.csv")
+    figures = {"health": plots.measures_figure(tables["health"], data.methods)}
+    return Section("Health of the reward model", text, figures, _last(tables["health"], HEALTH), "health.csv")
+
+
+def _gap_section(data: Comparison, tables: Tables) -> Section:
+    text = (
+        "Does the policy climb the learned reward where that is wrong? The gap is how many standard deviations the "
+        "policy's recent steps lie above the mean of all kept steps by the learned reward, less the same by the task's: "
+        f"above 0 the policy looks better than it is. The table shows the last measurement. {_method(data)}"
+    )
+    figures = {"gap": plots.measures_figure(tables["gap"], data.methods)}
+    return Section("Over-optimisation of the learned reward", text, figures, _last(tables["gap"], GAP), "gap.csv")
+
+
+def _last(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The last value of each of these metrics, a row per task and method."""
+    last: dict[tuple[str, str], dict[str, str]] = {(row["task"], row["method"]): {} for row in rows}
+    for row in rows:
+        last[row["task"], row["method"]][row["metric"]] = _estimate(row, "value", bare=True)
+    header = ["task", "method", *(plots.METRIC_NAMES[name] for name in metrics)]
+    return header, [[*pair, *(cells.get(name, "–") for name in metrics)] for pair, cells in last.items()]
 
 
 def _sources_section(data: Comparison, tables: Tables) -> Section:

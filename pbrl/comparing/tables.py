@@ -34,6 +34,7 @@ AXES = ("steps", "labels")
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)  # of the oracle's score
 HEALTH = ("reward/holdout_accuracy", "reward/calibration_error", "reward/rank_correlation", "reward/loss")
 FORMULA = tuple("=+-@\t\r\n")  # what a spreadsheet evaluates, at the start of a cell
+GAP = ("reward/gap", "reward/learned_per_step", "reward/true_per_step")  # is the policy what the reward takes it for?
 THRESHOLDS = np.linspace(0, 1.2, 61)  # of the performance profiles, in shares of the oracle
 
 
@@ -55,7 +56,8 @@ def all_tables(data: Comparison, seed: int = 0) -> Tables:
         "improvement": improvement_rows(data),
         "profiles": profile_rows(data, shared),
         "samples": sample_rows(data, rng),
-        "health": health_rows(data, rng),
+        "health": measure_rows(data, HEALTH, rng),
+        "gap": measure_rows(data, GAP, rng),
     }
 
 
@@ -295,12 +297,12 @@ def _ratio(axis: str, need: Need, base: Need | None, end: float) -> Row:
     return _columns(name, float(ratio), float(ends[0]), float(ends[1])) | {f"{name}_is_bound": math.isinf(base_point)}
 
 
-def health_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
-    """The reward model's own measures over training, at the sessions all seeds of a method cover."""
+def measure_rows(data: Comparison, metrics: Sequence[str], rng: np.random.Generator) -> list[Row]:
+    """Measures of the reward model over training, at the steps all seeds of a method cover."""
     rows = []
     for task, methods in data.curves.items():
         for method, group in methods.items():
-            for metric in HEALTH:
+            for metric in metrics:
                 measured = [run for run in group.runs if len(run.series(metric)[0])]
                 series = [run.series(metric) for run in measured]
                 grid = common_grid([steps for steps, _ in series]) if series else np.empty(0)
