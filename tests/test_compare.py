@@ -245,7 +245,7 @@ def test_the_over_optimisation_gap_is_a_curve_where_it_was_logged(tmp_path: Path
     gap = [row for row in tables["gap"] if row["metric"] == "reward/gap"]
     assert [(row["steps"], row["value"]) for row in gap][:3] == [(1, 0), (10_001, 1 / 3), (20_001, 2 / 3)]
     panels = plots.measures_figure(tables["gap"], ["pebble"]).axes
-    assert [panel.get_title() for panel in panels][0] == "gap (standard deviations)" and len(panels) == 3
+    assert panels[0].get_title() == "gap (standard deviations)" and len(panels) == 3
 
 
 def test_figures_draw_the_rows_of_the_tables(sweep: Path, tmp_path: Path) -> None:

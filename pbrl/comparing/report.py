@@ -209,8 +209,8 @@ def _health_section(data: Comparison, tables: Tables) -> Section:
 def _gap_section(data: Comparison, tables: Tables) -> Section:
     text = (
         "Does the policy climb the learned reward where that is wrong? The gap is how many standard deviations the "
-        "policy's recent steps lie above the mean of all kept steps by the learned reward, less the same by the task's: "
-        f"above 0 the policy looks better than it is. The table shows the last measurement. {_method(data)}"
+        "policy's recent steps lie above the mean of all kept steps by the learned reward, less the same by the "
+        f"task's: above 0 the policy looks better than it is. The table shows the last measurement. {_method(data)}"
     )
     figures = {"gap": plots.measures_figure(tables["gap"], data.methods)}
     return Section("Over-optimisation of the learned reward", text, figures, _last(tables["gap"], GAP), "gap.csv")
