@@ -38,11 +38,16 @@ def load_run(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[Preference
     Raises:
         ConfigError: if there is no run. CheckpointError: if no checkpoint can be used.
     """
-    agent, env, _ = _load(Path(run_dir), trust)
+    agent, env, _ = load_parts(Path(run_dir), trust)
     return agent, env
 
 
-def _load(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
+def load_parts(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any, RewardEnsemble]:
+    """As `load_run`, and the learned reward.
+
+    Args:
+        trust: see `pbrl.launch.stored.read_config`.
+    """
     cfg, _ = read_config(run_dir, trust, PARTS)
     for part in PARTS:
         check_arguments(part, cfg[part])
@@ -94,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.episodes < 1:
         parser.error(f"--episodes {options.episodes}: expected at least 1")
     try:
-        agent, env, reward = _load(options.run, options.trust)
+        agent, env, reward = load_parts(options.run, options.trust)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

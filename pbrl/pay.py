@@ -68,11 +68,20 @@ class Pay:
         return pay + np.float32(weight) * rewards.std(axis=0) if weight else pay
 
     def _low(self, rewards: np.ndarray) -> np.ndarray:
-        n, members = self.lowest_of, len(rewards)
+        if self.lowest_of == 1:
+            return rewards.mean(axis=0)
+        return self.shares(len(rewards)) @ np.sort(rewards, axis=0)
+
+    def shares(self, members: int) -> np.ndarray:
+        """Weight of each of the sorted members, the lowest first, in low_n: float32 [M].
+
+        The i-th lowest of M is the lowest of n with probability C(M − i, n − 1) / C(M, n).
+
+        Raises:
+            ValueError: if there are fewer than `lowest_of` members.
+        """
+        n = self.lowest_of
         if n > members:
             raise ValueError(f"reward.lowest_of={n} of reward.members={members}; expected at most as many")
-        if n == 1:
-            return rewards.mean(axis=0)
-        # the i-th lowest of M is the lowest of n with probability C(M − i, n − 1) / C(M, n)
-        shares = [math.comb(members - i, n - 1) / math.comb(members, n) for i in range(1, members + 1)]
-        return np.array(shares, np.float32) @ np.sort(rewards, axis=0)
+        chances = [math.comb(members - i, n - 1) / math.comb(members, n) for i in range(1, members + 1)]
+        return np.array(chances, np.float32)
