@@ -16,6 +16,7 @@ from pbrl.launch.configuration import ConfigError
 from pbrl.launch.stored import read_config
 from pbrl.loop import Stopped
 from pbrl.pay import Pay
+from pbrl.records.diary import _told
 from pbrl.records.evaluation import over_optimisation
 from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import RewardEnsemble
@@ -215,6 +216,11 @@ def test_the_gap_by_hand() -> None:
             "reward/paid_below_by": 0.5,
         }
     )
+
+
+@pytest.mark.parametrize(("gap", "told"), [(float("nan"), False), (0.9, False), (1.1, True)])
+def test_a_large_gap_is_told(gap: float, told: bool) -> None:
+    assert _told(gap).startswith("gap 1.1: ") == told == bool(_told(gap))
 
 
 def test_steps_are_spread_over_all_that_are_kept() -> None:

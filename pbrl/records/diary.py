@@ -24,6 +24,7 @@ from pbrl.types import Answer, Query
 FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
+LARGE_GAP = 1.0  # of reward/gap, in standard deviations of a step's reward
 SHOWN = {  # on the console, of a session
     "held-out accuracy": "reward/holdout_accuracy",
     "training accuracy": "reward/accuracy",
@@ -100,7 +101,8 @@ class Diary:
         if learned:
             metrics |= self._over_optimisation()
         success = f"success {metrics['eval/success']:.0%}" if "eval/success" in metrics else ""
-        self.log(metrics, f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}", success)
+        returns = f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}"
+        self.log(metrics, returns, success, _told(metrics.get("reward/gap", float("nan"))))
         if states is not None:
             self._film("eval/video", lambda path: film_states(env, states, path))
 
@@ -213,6 +215,13 @@ class Diary:
             self.bar.write(f"no video at step {self.step}: {error}")
         else:
             self.parts.loggers.video(name, path, self.step)
+
+
+def _told(gap: float) -> str:
+    """`reward/gap` in words, from where on it is worth some."""
+    if not gap > LARGE_GAP:  # NaN too
+        return ""
+    return f"gap {gap:.1f}: by the learned reward the policy looks better than it is (docs/agent.md)"
 
 
 def _short(value: Any) -> str:
