@@ -1,6 +1,6 @@
-"""How well a reward fitted to a run's answers ranks what its policy did next: `python -m experiments.fitting RUN`.
+"""How well a reward fitted to a run's answers ranks what its policy did next: `python -m experiments.fitting RUNS`.
 
-For several numbers of sessions it fits a new network to the answers given until then, in several ways, and prints the
+For several numbers of sessions it fits new networks to the answers given until then, in several ways, and prints the
 rank correlation of learned and true reward on the 5000 steps that followed: of segments' returns, and step by step.
 """
 
@@ -10,6 +10,8 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +25,43 @@ from pbrl.records.checkpoint import StepLog
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 
-CROP = (0.7, 1.0)
-WAYS = {  # optimiser steps, crop, shrink, precision
-    "10 steps (about where 97 % stops)": (10, None, 0.0, "fp32"),
-    "50 steps": (50, None, 0.0, "fp32"),
-    "150 steps": (150, None, 0.0, "fp32"),
-    "150 steps, crops": (150, CROP, 0.0, "fp32"),
-    "150 steps, small rewards": (150, None, 0.3, "fp32"),
-    "150 steps, crops, small rewards": (150, CROP, 0.3, "fp32"),
-    "100 steps, crops, small rewards (A-PARL's)": (100, CROP, 0.3, "fp32"),
-    "A-PARL's in bf16": (100, CROP, 0.3, "bf16"),
+
+class Way(NamedTuple):
+    """How a reward is fitted: changes of `fit=ours`, of the reward's option, and where its statistics come from."""
+
+    fit: dict[str, Any]
+    reward: dict[str, Any] = {}  # noqa: RUF012
+    option: str = "ensemble"
+    moving: bool = False  # statistics of all steps so far, not of those before the first answers
+
+
+PLAIN: dict[str, Any] = {"crop": None, "shrink": 0.0}
+SCALED: dict[str, Any] = {"normalise": True}
+WAYS = {
+    "10 steps (about where 97 % stops)": Way(PLAIN | {"least_steps": 10}),
+    "50 steps": Way(PLAIN | {"least_steps": 50}),
+    "150 steps": Way(PLAIN | {"least_steps": 150}),
+    "150 steps, crops": Way({"least_steps": 150, "shrink": 0.0}),
+    "150 steps, small rewards": Way({"least_steps": 150, "crop": None}),
+    "150 steps, crops, small rewards": Way({"least_steps": 150}),
+    "ours (100 steps, crops, small rewards)": Way({}),
+    "ours, bf16": Way({}, {"precision": "bf16"}),
+    "ours, standardised": Way({}, SCALED),
+    "ours, standardised, moving statistics": Way({}, SCALED, moving=True),
+    "the same, 10 steps": Way({"least_steps": 10}, SCALED),
+    "the same, 300 steps": Way({"least_steps": 300}, SCALED),
+    "the same, 4 steps a label": Way({"least_steps": 0, "steps_per_label": 4.0}, SCALED),
+    "the same, 15.6 steps a label (QPA)": Way({"least_steps": 0, "steps_per_label": 15.6}, SCALED),
+    "the same, 8 crops a step": Way({"pieces": 8}, SCALED),
+    "the same, 20 crops of 70-90 % a step (QPA)": Way({"pieces": 20, "crop": [0.7, 0.9]}, SCALED),
+    "the same, no crops": Way({"crop": None}, SCALED),
+    "the same, rewards of any size": Way({"shrink": 0.0}, SCALED),
+    "the same, labels smoothed by 0.05": Way({"label_smoothing": 0.05}, SCALED),
+    "the same, labels smoothed by 0.1": Way({"label_smoothing": 0.1}, SCALED),
+    "the same, three members": Way({}, SCALED | {"members": 3}),
+    "the same, mean less one deviation": Way({}, SCALED | {"members": 3, "pessimism": 1.0}),
+    "REED": Way({}, {"max_updates": 1000}, "reed"),
+    "REED, standardised": Way({}, SCALED | {"max_updates": 1000}, "reed"),
 }
 AFTER = 5000  # environment steps
 SEEDS = (0, 1)
@@ -53,50 +82,82 @@ def stored_rollouts(run: Path, obs_dim: int, act_dim: int, state_size: int) -> R
 
 
 def correlations(reward: RewardEnsemble, rollouts: Rollouts, since: int, horizon: int) -> tuple[float, float]:
-    """Spearman's coefficient of segments' returns and of single steps, on the steps from `since` on."""
+    """Spearman's coefficient of segments' returns and of single steps, on the steps from `since` on.
+
+    Of what the agent would be paid.
+    """
     starts = np.arange(since, min(since + AFTER, rollouts.total) - horizon, 25)
     segments, rows = rollouts.segments(starts, horizon), starts[:, None] + np.arange(horizon)
-    with torch.no_grad():
-        learned = reward.mean(segments.obs, segments.actions).numpy()
-    true = rollouts.task_rewards[rows]
+    members = reward.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
+    learned, true = reward.pay(members, since).reshape(rows.shape), rollouts.task_rewards[rows]
     by_segment = spearmanr(learned.sum(1), true.sum(1)).statistic
     return float(by_segment), float(spearmanr(learned.ravel(), true.ravel()).statistic)
+
+
+def so_far(rollouts: Rollouts, step: int, measured: int, rng: np.random.Generator) -> Any:
+    """As much of a `Session` at this step as a reward's `pretrain` uses; statistics of the first `measured` steps."""
+
+    def transitions(count: int) -> dict[str, torch.Tensor]:
+        goes_on = np.flatnonzero(rollouts.episode[: step - 1] == rollouts.episode[1:step])
+        index = goes_on[rng.integers(len(goes_on), size=count)]
+        named = (
+            ("obs", rollouts.obs[index]),
+            ("actions", rollouts.actions[index]),
+            ("next_obs", rollouts.obs[index + 1]),
+        )
+        return {name: torch.from_numpy(value) for name, value in named}
+
+    def moments() -> Any:
+        seen = [column[:measured].astype(np.float64) for column in (rollouts.obs, rollouts.actions)]
+        return tuple((column.mean(0), column.std(0)) for column in seen)
+
+    return SimpleNamespace(env_step=step, transitions=transitions, moments=moments)
+
+
+def measure(run: Path, ways: list[str], sessions: list[int], seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+    """One row per way and number of sessions: the means over the seeds."""
+    config = OmegaConf.load(run / "config.yaml")
+    preferences = Preferences.load(run / "preferences.npz")
+    horizon, obs_dim, act_dim = (
+        preferences.horizon,
+        preferences.first.obs.shape[-1],
+        preferences.first.actions.shape[-1],
+    )
+    state_size = 0 if preferences.states is None else preferences.states.shape[-1]
+    rollouts = stored_rollouts(run, obs_dim, act_dim, state_size)
+    logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    asked_at = [row["env_step"] for row in logged if "feedback/session" in row]
+    rows: list[dict[str, Any]] = []
+    for name, session in itertools.product(ways, sessions):
+        way, step = WAYS[name], asked_at[session - 1]
+        answered = np.flatnonzero(preferences.session < session)
+        found = []
+        for seed in seeds:
+            sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "seed": seed}
+            reward = make("reward", way.option, **({"members": 1} | way.reward | sizes))
+            rng = np.random.default_rng(seed)
+            reward.pretrain(so_far(rollouts, step, step if way.moving else asked_at[0], rng))
+            # one pass at the most, so that the number of steps is what the way says
+            fit = make("updater", "pebble", fit={"epochs": 1, "stop_accuracy": 2.0} | way.fit).fit
+            fit(reward, preferences, rng, answered)
+            found.append(correlations(reward, rollouts, step, horizon))
+        by_segment, by_step = np.mean(found, axis=0)
+        rows.append({"run": run.name, "env": config.choices.env, "way": name, "answers": len(answered)})
+        rows[-1] |= {"by_segment": round(by_segment, 3), "by_step": round(by_step, 3)}
+        print(f"{name:45} {len(answered):4} answers: {by_segment:5.2f} by segment, {by_step:5.2f} by step", flush=True)
+    return rows
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.fitting", description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--sessions", type=int, nargs="+", default=[5, 10])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help="default: all")
     parser.add_argument("--out", type=Path, help="CSV")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = OmegaConf.load(options.run / "config.yaml")
-    preferences = Preferences.load(options.run / "preferences.npz")
-    horizon, (obs_dim, act_dim) = (
-        preferences.horizon,
-        (preferences.first.obs.shape[-1], preferences.first.actions.shape[-1]),
-    )
-    state_size = 0 if preferences.states is None else preferences.states.shape[-1]
-    rollouts = stored_rollouts(options.run, obs_dim, act_dim, state_size)
-    asked_at = [
-        row["env_step"]
-        for row in map(json.loads, (options.run / "metrics.jsonl").read_text().splitlines())
-        if "feedback/session" in row
-    ]
-    rows = []
-    for (way, (steps, crop, shrink, precision)), session in itertools.product(WAYS.items(), options.sessions):
-        answered = np.flatnonzero(preferences.session < session)
-        found = []
-        for seed in SEEDS:
-            reward = RewardEnsemble(obs_dim, act_dim, members=1, seed=seed, precision=precision)
-            fit = make("updater", "pebble", fit={"epochs": 1, "least_steps": steps, "crop": crop, "shrink": shrink}).fit
-            fit(reward, preferences, np.random.default_rng(seed), answered)
-            found.append(correlations(reward, rollouts, asked_at[session - 1], horizon))
-        by_segment, by_step = np.mean(found, axis=0)
-        rows.append({"run": options.run.name, "env": config.choices.env, "way": way, "answers": len(answered)})
-        rows[-1] |= {"by_segment": round(by_segment, 3), "by_step": round(by_step, 3)}
-        print(f"{way:45} {len(answered):4} answers: {by_segment:5.2f} by segment, {by_step:5.2f} by step", flush=True)
+    rows = [row for run in options.runs for row in measure(run, options.ways, options.sessions)]
     if options.out:
         write(options.out, tuple(rows[0]), rows)
 

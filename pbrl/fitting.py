@@ -32,15 +32,18 @@ def answer_loss(
 
     Args:
         labels: in [0, 1], float32 [B].
-        kept: the steps of each first and second segment that count, bool [B, H] each; None: all.
+        kept: the steps of each first and second segment that count, bool [B, H] each, or [kB, H]: k times other steps
+            of the same pairs; None: all.
         shrink: times the mean squared reward of a step, added to the loss.
     """
     device = reward.device
     left, right = (reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second))
     size = shrink * (left.square().mean() + right.square().mean()) if shrink else 0.0
-    if kept is not None:
-        left, right = left * kept[0].to(device), right * kept[1].to(device)
     labels = labels.to(device)
+    if kept is not None:
+        pieces = len(kept[0]) // len(left)
+        left, right, labels = left.repeat(pieces, 1), right.repeat(pieces, 1), labels.repeat(pieces)
+        left, right = left * kept[0].to(device), right * kept[1].to(device)
     hits, decided = correct(preference_logits(left.detach(), right.detach()), labels)
     return bradley_terry_loss(left, right, labels) + size, hits, decided
 
@@ -143,6 +146,9 @@ class Fitting:
             a random piece of such a length is used each time it is drawn (SURF, QPA; see `crops`). It teaches which
             steps were good, not only which segments. Above 1 (SURF) the steps around a segment must have been kept
             (`margin`). null: whole segments.
+        pieces: how many such pieces of each pair are in a step's loss, ≥ 1 (QPA: 20).
+        label_smoothing: ε in [0, 1): an answer y counts as (1 − ε) y + ε / 2, so that no margin is worth widening
+            without end (STAR).
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
             rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
             times (H / 50)² for H, as answers are about sums of H rewards.
@@ -157,6 +163,8 @@ class Fitting:
     least_steps: int
     steps_per_label: float | None
     crop: Sequence[float] | None
+    pieces: int
+    label_smoothing: float
     shrink: float
 
     def __post_init__(self) -> None:
@@ -170,6 +178,12 @@ class Fitting:
                 self.crop is None or (len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1]),
                 "the shortest and the longest share of a segment, such as [0.7, 1.0], or null",
             ),
+            (
+                "pieces",
+                self.pieces >= 1 and (self.pieces == 1 or self.crop is not None),
+                "at least 1; 1 without a crop",
+            ),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share in [0, 1)"),
             ("shrink", self.shrink >= 0, "at least 0"),
         ):
             if not good:
@@ -217,8 +231,10 @@ class Fitting:
 
         def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             chosen = index if rows is None else rows[index]
-            kept = self.random_pieces(len(index), steps, first.horizon, rng)
+            kept = self.random_pieces(len(index) * self.pieces, steps, first.horizon, rng)
             answers = labels[torch.from_numpy(chosen)]
+            if self.label_smoothing:
+                answers = torch.lerp(answers, torch.full_like(answers, 0.5), self.label_smoothing)
             value, hits, decided = answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
             return value if extra_loss is None else value + extra_loss(member, len(index)), hits, decided
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.fitting import crops
+from pbrl.fitting import answer_loss, crops
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
@@ -44,6 +44,35 @@ def test_crops_are_drawn_anew_and_still_teach_the_same() -> None:
     assert cropped[1][0] > cropped[1][1] + 0.1
 
 
+def test_several_pieces_of_a_pair_count_as_their_mean() -> None:
+    """With k pieces a step's loss is the mean over k draws of the loss with one."""
+    draw = torch.Generator().manual_seed(0)
+    first, second = (Segments(torch.randn(6, 10, 2, generator=draw), torch.zeros(6, 10, 1)) for _ in range(2))
+    reward, labels = RewardEnsemble(2, 1, members=1, hidden=(8,), seed=0), torch.tensor([0.0, 1, 1, 0, 0.5, 1])
+    kept = crops(18, 10, 3, 6, np.random.default_rng(0))
+    together = answer_loss(reward, 0, first, second, labels, kept, shrink=0.2)
+    apart = [
+        answer_loss(reward, 0, first, second, labels, (kept[0][i : i + 6], kept[1][i : i + 6]), shrink=0.2)
+        for i in (0, 6, 12)
+    ]
+    torch.testing.assert_close(together[0], torch.stack([loss for loss, _, _ in apart]).mean())
+    assert float(together[2]) == sum(float(decided) for _, _, decided in apart) == 15
+    assert learned_steps(crop=[0.5, 1.0], pieces=4, least_steps=60)[1][0] > 0
+
+
+def test_smoothed_answers_bound_the_margin() -> None:
+    """The loss of one pair is least where the log-odds are log((1 − ε/2) / (ε/2))."""
+    preferences = Preferences({})
+    obs = torch.ones(1, 1, 1)
+    query = Query(Segments(obs, obs), Segments(-obs, obs), torch.zeros(1, 2, 1), 0.0)
+    preferences.add(query, Answer(torch.ones(1), torch.ones(1, dtype=torch.bool)), 0)
+    reward = RewardEnsemble(1, 1, members=1, hidden=(16,), output="linear", learning_rate=1e-2, seed=0)
+    changes = {"least_steps": 800, "label_smoothing": 0.2, "epochs": 1, "stop_accuracy": 2.0}
+    option("updater", "pebble-published", fit=changes).fit(reward, preferences, np.random.default_rng(0))
+    logits = float(reward.preference_logits(query.first, query.second))
+    assert logits == pytest.approx(np.log(0.9 / 0.1), rel=0.01)
+
+
 def test_shrinking_centres_the_rewards() -> None:
     free, shrunk = (learned_steps(least_steps=200, shrink=shrink)[1] for shrink in (0.0, 25.0))
     assert shrunk[0] > shrunk[1]
@@ -57,6 +86,8 @@ def test_shrinking_centres_the_rewards() -> None:
         {"epochs": 0},
         {"batch_size": 0},
         {"least_steps": -1},
+        {"pieces": 0},
+        {"label_smoothing": 1.0},
         {"steps_per_label": 0.0},
         {"crop": [0.0, 1.0]},
         {"crop": [1.0, 0.5]},
@@ -87,3 +118,8 @@ def test_crops_have_the_published_lengths_and_can_lie_anywhere() -> None:
 def test_crops_never_exceed_what_is_stored() -> None:
     first, _ = crops(500, 10, 7, 13, np.random.default_rng(0))  # no margin: an imported data set
     assert set(first.sum(1).tolist()) == {7, 8, 9, 10}
+
+
+def test_several_whole_segments_of_a_pair_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="updater.fit.pieces=2; expected at least 1; 1 without a crop"):
+        option("updater", "pebble", fit={"pieces": 2, "crop": None})

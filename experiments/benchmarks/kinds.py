@@ -13,7 +13,8 @@ from stable_baselines3.common.logger import Logger
 from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.update import TRANSITIONS, Still, fill
 from pbrl.agent.networks import PreferencePolicy
-from pbrl.agent.sac import PreferenceSAC, make_agent
+from pbrl.agent.sac import PreferenceSAC
+from pbrl.launch.shipped import make
 
 OBS, ACT, BATCH = 24, 6, 256
 NORMS = {"normalise": True, "actor_layer_norm": True, "critic_layer_norm": True}
@@ -30,8 +31,8 @@ NETWORKS = ("actor_layer_norm", "critic_layer_norm", "blocks")
 
 def ours(options: dict[str, Any], precision: str) -> PreferenceSAC:
     """An agent of this kind on random transitions, its update compiled."""
-    made: dict[str, Any] = {"seed": 0, "buffer_size": TRANSITIONS, "precision": precision, **options}
-    agent = make_agent(Still(OBS, ACT), **made)
+    made: dict[str, Any] = {"seed": 0, "compile": False, "buffer_size": TRANSITIONS, "precision": precision, **options}
+    agent: PreferenceSAC = make("agent", "sac", env=Still(OBS, ACT), **made)
     assert agent._fast is not None
     agent._fast.compile(BATCH)
     return agent

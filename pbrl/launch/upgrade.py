@@ -25,7 +25,21 @@ ABSENT = {
     "crop": 0.0,
     "shrink": 0.0,
 }
-AGENT = {"precision": "fp32", "compile": False}  # what its first versions were
+LATER = {"pieces": 1, "label_smoothing": 0.0}  # what a fitting did before it had a key for it
+AGENT = {  # what its first versions were
+    "precision": "fp32",
+    "compile": False,
+    "normalise": False,
+    "actor_layer_norm": False,
+    "critic_layer_norm": False,
+    "blocks": 0,
+    "critics": 2,
+    "weight_decay": 0.0,
+    "target_entropy": -1.0,
+    "n_steps": 1,
+    "relabel_updates": 0,
+    "reset_above": None,
+}
 
 
 def upgrade(stored: dict[str, Any]) -> None:
@@ -49,6 +63,9 @@ def _upgrade_updater(node: dict[str, Any], segment_length: Any) -> None:
         node["fit"] = {"_target_": FITTING, **fit}
         if surf:
             node["segment_length"] = segment_length
+    fitting = node.get("fit")
+    if isinstance(fitting, dict) and fitting.get("_target_") == FITTING:
+        node["fit"] = LATER | fitting
     for name in ("implicit", "walk"):
         inner = node.get(name)
         if isinstance(inner, dict) and "horizon" in inner:

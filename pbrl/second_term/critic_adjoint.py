@@ -25,7 +25,15 @@ from pbrl.second_term.guard import Estimate, WeightedRows
 from pbrl.types import PolicyView, Session
 
 FOLD_FIT = Fitting(
-    epochs=1, batch_size=32, stop_accuracy=2.0, least_steps=100, steps_per_label=None, crop=(0.7, 1.0), shrink=0.3
+    epochs=1,
+    batch_size=32,
+    stop_accuracy=2.0,
+    least_steps=100,
+    steps_per_label=None,
+    crop=(0.7, 1.0),
+    pieces=1,
+    label_smoothing=0.0,
+    shrink=0.3,
 )
 
 
