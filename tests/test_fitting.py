@@ -121,5 +121,5 @@ def test_crops_never_exceed_what_is_stored() -> None:
 
 
 def test_several_whole_segments_of_a_pair_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="updater.fit.pieces=2; expected at least 1; 1 without a crop"):
+    with pytest.raises(ValueError, match=r"updater\.fit\.pieces=2; expected at least 1; 1 without a crop"):
         option("updater", "pebble", fit={"pieces": 2, "crop": None})
