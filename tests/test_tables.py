@@ -1,0 +1,45 @@
+"""Every number of a results table in the pages is recomputed from stored data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from experiments import tables
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_stored_data(page: Path) -> None:
+    text = page.read_text()
+    for name, shown in tables.MARK.findall(text):
+        expected = tables.markdown(tables.TABLES[name]())
+        assert shown == expected, f"{page.name}: run python -m experiments.tables --write {page.relative_to(ROOT)}"
+
+
+def test_the_results_page_holds_no_table_of_numbers_without_its_mark() -> None:
+    """All tables of docs/results.md are recomputed, but for the list of what was withdrawn."""
+    text = (ROOT / "docs/results.md").read_text()
+    assert set(tables.TABLES) == {name for name, _ in tables.MARK.findall(text)}
+    left = tables.MARK.sub("", text)
+    headers = [before for before, line in zip(left.splitlines(), left.splitlines()[1:], strict=False) if "|---" in line]
+    assert headers == ["| said before | why it is withdrawn |"]
+
+
+def test_a_changed_number_is_found_and_renewed() -> None:
+    page = f"text\n<!-- table: fp32 -->\n{tables.markdown(tables.fp32())}\nmore\n"
+    assert tables.renewed(page) == page
+    changed = page.replace("303, 270, 326", "393, 270, 326")
+    assert changed != page and tables.renewed(changed) == page
+
+
+def test_the_difference_is_welchs() -> None:
+    """Scores 1, 2, 3 and 2, 4, 9: variances 1 and 13, (14/3)² / ((1/3)²/2 + (13/3)²/2) degrees of freedom."""
+    x, y = np.array([1.0, 2.0, 3.0]) * 100, np.array([2.0, 4.0, 9.0]) * 100
+    half = 100 * np.sqrt(14 / 3) * t.ppf(0.975, (14 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (13 / 3) ** 2 / 2))
+    assert tables._welch(x, y) == f"-300 [{-300 - half:.0f}, {-300 + half:.0f}]"
