@@ -214,6 +214,7 @@ class Distinct(KCenter):
     Without answers there is no score yet: the first session's pairs are chosen by difference and cover alone.
     """
 
+    score: str | None = "disagreement"
     from_the_start = True
 
     def __call__(
