@@ -184,7 +184,6 @@ class Loop:
         metrics = reward_health(self.parts.reward, query, answer)
         self.diary.pairs(query, answer, self.sessions + 1)
         self.parts.preferences.add(query, answer, self.sessions)
-        self.session.take_in(query, answer)
         return metrics
 
     def _learn(self) -> dict[str, float]:

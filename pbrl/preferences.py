@@ -129,6 +129,11 @@ class Preferences:
         return self._new
 
     @property
+    def current(self) -> Tensor:
+        """Which pairs are this session's and about the present policy: int64 [K], their rows, ascending."""
+        return (self.new & self.fresh).nonzero().squeeze(1)
+
+    @property
     def states(self) -> Tensor | None:
         """Simulator state before each segment, float64 [N, 2, S], or None if not every pair has one."""
         return self._column("states") if "states" in self._columns else None

@@ -10,7 +10,7 @@ from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
 from pbrl.rollouts import Rollouts
-from pbrl.types import Answer, Moments, Params, Query, Segments
+from pbrl.types import Moments, Params, Query, Segments
 
 
 class AgentSession:
@@ -28,17 +28,10 @@ class AgentSession:
         self.policy = AgentView(agent)
         self.fresh_from = 0  # index of the first step of this session's fresh rollouts
         self.fresh_to = 0
-        self.new_pairs = 0  # answered in this session
-        self.fresh_pairs = 0  # of them, those about the present policy
 
     def begin(self) -> None:
         """A new session: nothing is fresh yet."""
         self.fresh_from = self.fresh_to = self.rollouts.total
-
-    def take_in(self, query: Query, answer: Answer) -> None:
-        """The session's questions were answered."""
-        self.new_pairs = int(answer.given.sum())
-        self.fresh_pairs = 0 if query.fresh is None else int((answer.given & query.fresh).sum())
 
     @property
     def env_step(self) -> int:

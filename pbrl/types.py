@@ -278,8 +278,6 @@ class Session(Protocol):
     """What a reward updater may use beside the reward, the preferences and the policy."""
 
     rng: np.random.Generator  # the updater's own generator; the loop saves and restores it
-    new_pairs: int  # pairs answered in this session: the last rows of the preferences
-    fresh_pairs: int  # of them, those about the present policy: the last rows again; fewer if feedback.fresh_share < 1
 
     @property
     def policy(self) -> PolicyView:

@@ -6,6 +6,8 @@ the soft-optimal policy is N(A_h / B_h, alpha / B_h) and lies in the policy's cl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -80,8 +82,9 @@ class GaussianSession:
 
     def __init__(self, seed: int, episodes: int = 64, pairs: int | None = None) -> None:
         self.rng, self.policy = np.random.default_rng(seed), GaussianPolicy()
-        self.episodes = self._roll(self.policy.theta, episodes)
-        self.new_pairs = self.fresh_pairs = episodes // 2 if pairs is None else pairs
+        rolled = self._roll(self.policy.theta, episodes)
+        self.episodes = replace(rolled, step=seed * 10**6 + STEPS * torch.arange(episodes))
+        self.pairs = episodes // 2 if pairs is None else pairs
         self.rolled = 0
 
     def _roll(self, theta: dict[str, Tensor], count: int) -> Segments:
@@ -90,10 +93,11 @@ class GaussianSession:
         return Segments(obs, raw[..., None], raw[..., None])
 
     def preferences(self) -> Preferences:
-        first, second = (self.episodes[side : 2 * self.fresh_pairs : 2] for side in (0, 1))
+        first, second = (self.episodes[side : 2 * self.pairs : 2] for side in (0, 1))
         labels = torch.sigmoid(task_return(first) - task_return(second))
         size = len(labels)
-        query = Query(first, second, torch.zeros(size, 2, STEPS), states=torch.zeros(size, 2, 1, dtype=torch.float64))
+        states, fresh = torch.zeros(size, 2, 1, dtype=torch.float64), torch.ones(size, dtype=torch.bool)
+        query = Query(first, second, torch.zeros(size, 2, STEPS), states=states, fresh=fresh)
         stored = Preferences()
         stored.add(query, Answer(labels, torch.ones(size, dtype=torch.bool)), 0)
         return stored

@@ -19,8 +19,13 @@ def segments(count: int, horizon: int, rng: np.random.Generator) -> Segments:
     return Segments(torch.from_numpy(obs), torch.from_numpy(np.tanh(actions)))
 
 
-def answered(count: int, horizon: int = 6, margin: int = 0, wrong: int = 0, seed: int = 0) -> Preferences:
-    """Pairs labelled by the sum of the first observation; the first `wrong` labels are turned."""
+def answered(
+    count: int, horizon: int = 6, margin: int = 0, wrong: int = 0, seed: int = 0, earlier: int = 0
+) -> Preferences:
+    """Pairs labelled by the sum of the first observation; the first `wrong` labels are turned.
+
+    All but the first `earlier` are of the present session.
+    """
     rng = np.random.default_rng(seed)
     wide = segments(count, horizon + 2 * margin, rng), segments(count, horizon + 2 * margin, rng)
     first, second = (side.steps(margin, margin + horizon) for side in wide)
@@ -28,11 +33,13 @@ def answered(count: int, horizon: int = 6, margin: int = 0, wrong: int = 0, seed
     labels[:wrong] = 1 - labels[:wrong]
     query = Query(first, second, torch.zeros(count, 2, horizon), context=wide if margin else None)
     preferences = Preferences()
-    preferences.add(query, Answer(labels, torch.ones(count, dtype=torch.bool)), 0)
+    for number, part in enumerate((slice(0, earlier), slice(earlier, count))):
+        if len(labels[part]):
+            preferences.add(query[part], Answer(labels[part], torch.ones_like(labels[part]) > 0), number)
     return preferences
 
 
-def session(new_pairs: int = 0, seed: int = 0) -> Any:
+def session(seed: int = 0) -> Any:
     """As much of a `Session` as these updaters use, on random steps whose next observation is obs + 0.1 action."""
     rng = np.random.default_rng(seed)
 
@@ -44,8 +51,6 @@ def session(new_pairs: int = 0, seed: int = 0) -> Any:
     return SimpleNamespace(
         rng=rng,
         env_step=5000,
-        new_pairs=new_pairs,
-        fresh_pairs=new_pairs,
         unlabelled=lambda count, horizon: (segments(count, horizon, rng), segments(count, horizon, rng)),
         transitions=transitions,
         novelty=lambda obs, nearest: obs.norm(dim=1),

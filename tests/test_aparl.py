@@ -71,11 +71,12 @@ def test_with_the_gate_off_its_second_term_changes_the_reward():
 
 def test_earlier_answers_stay_in_the_data_with_the_share_asked_for():
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(training_rows(100, 20, None, rng), np.arange(100))
-    np.testing.assert_array_equal(training_rows(100, 20, 0.0, rng), np.arange(80, 100))
-    rows = training_rows(100, 20, 0.5, rng)
+    new = torch.arange(100) >= 80
+    np.testing.assert_array_equal(training_rows(new, None, rng), np.arange(100))
+    np.testing.assert_array_equal(training_rows(new, 0.0, rng), np.arange(80, 100))
+    rows = training_rows(new, 0.5, rng)
     assert len(set(rows)) == 40 and (rows >= 80).sum() == 20
-    assert len(training_rows(25, 20, 0.5, rng)) == 25  # as many as there are
+    assert len(training_rows(torch.arange(25) >= 5, 0.5, rng)) == 25  # as many as there are
 
 
 # ------------------------------------------------------------------------------------------------ the truth
@@ -170,7 +171,7 @@ def session_of(episode, pairs, horizon=2):
     segments = [Segments.cat([episode.steps(pair[side], pair[side] + horizon) for pair in pairs]) for side in (0, 1)]
     stored = Preferences()
     stored.add(
-        Query(*segments, torch.zeros(len(pairs), 2, horizon)),
+        Query(*segments, torch.zeros(len(pairs), 2, horizon), fresh=torch.ones(len(pairs), dtype=torch.bool)),
         Answer(torch.arange(len(pairs)) / len(pairs), torch.ones(len(pairs), dtype=torch.bool)),
         0,
     )
@@ -180,7 +181,7 @@ def session_of(episode, pairs, horizon=2):
 def test_pairs_that_share_a_step_share_a_half_and_no_piece_holds_a_step_of_theirs():
     # 0 and 1 touch; 2 touches nothing: the other half; 3 touches both halves: neither; 4 touches the second
     pairs = [(0, 4), (5, 10), (20, 24), (11, 25), (30, 21)]
-    fresh = divide(session_of(ramp(40, 0), pairs), 5, [ramp(40, 0)], 2)
+    fresh = divide(session_of(ramp(40, 0), pairs), [ramp(40, 0)], 2)
     assert fresh.chosen.tolist() == [0, 1, 2, 4] and fresh.pairs.half.tolist() == [0, 0, 1, 1]
     labelled = {0, 1, 4, 5, 6, 10, 11, 20, 21, 22, 24, 25, 30, 31}
     pieces = fresh.pieces
@@ -189,15 +190,15 @@ def test_pairs_that_share_a_step_share_a_half_and_no_piece_holds_a_step_of_their
 
 
 def test_at_most_half_of_the_steps_lend_their_scores():
-    fresh = divide(session_of(ramp(12, 0), [(0, 2), (4, 6), (8, 10)]), 3, [ramp(12, 0)], 2)
+    fresh = divide(session_of(ramp(12, 0), [(0, 2), (4, 6), (8, 10)]), [ramp(12, 0)], 2)
     assert fresh.chosen.tolist() == [0] and not fresh.enough()  # a second pair would make 8 of 12
-    whole = divide(session_of(ramp(12, 0), [(0, 2), (4, 6), (8, 10)]), 3, [ramp(12, 0)], 2, 1.0)
+    whole = divide(session_of(ramp(12, 0), [(0, 2), (4, 6), (8, 10)]), [ramp(12, 0)], 2, 1.0)
     assert len(whole.chosen) == 3 and len(whole.pieces) == 0 and whole.enough(pieces=False)
 
 
 def test_segments_from_elsewhere_are_dealt_out_pair_by_pair():
     session, other = GaussianSession(3, 16), GaussianSession(4, 16)
-    fresh = divide(session.preferences(), 8, other.fresh(), 2)
+    fresh = divide(session.preferences(), other.fresh(), 2)
     assert fresh.pairs.half.tolist() == [0, 1] * 4 and len(fresh.pieces) == 16
 
 
@@ -205,7 +206,7 @@ def test_segments_from_elsewhere_are_dealt_out_pair_by_pair():
 def test_one_label_has_no_say_in_the_other_half(upper):
     """Change the answers of one half's pairs: the other half's scores stay."""
     session, reward = GaussianSession(3, 16, pairs=4), quadratic_reward()
-    pairs = divide(session.preferences(), 4, session.fresh(), 2).pairs
+    pairs = divide(session.preferences(), session.fresh(), 2).pairs
     flipped = replace(pairs, prefers_first=torch.where(pairs.half == 0, 1 - pairs.prefers_first, pairs.prefers_first))
     before, after = (pair_scores(upper, reward, p).weights for p in (pairs, flipped))
     assert torch.equal(before[2:], after[2:]) and not torch.equal(before[:2], after[:2])
@@ -224,13 +225,14 @@ def test_the_halves_of_the_score_gradient_are_uncorrelated(upper):
     obs = torch.eye(2)[:1].expand(20, 1, 2)
     for _ in range(8000):
         raw = torch.from_numpy(mean + deviation * rng.standard_normal((20, 1, 1), dtype=np.float32))
-        episodes = [Segments(obs[i : i + 1], raw[i : i + 1], raw[i : i + 1]) for i in range(20)]
+        episodes = [Segments(obs[:1], raw[i : i + 1], raw[i : i + 1], torch.tensor([i])) for i in range(20)]
         index = rng.choice(20, (2, 5), replace=False)
-        first, second = (Segments(obs[:5], raw[side], raw[side]) for side in index)
+        first, second = (Segments(obs[:5], raw[side], raw[side], torch.from_numpy(side)) for side in index)
         stored = Preferences()
         labels = (first.actions > second.actions).float()[:, 0, 0]
-        stored.add(Query(first, second, torch.zeros(5, 2, 1)), Answer(labels, torch.ones(5, dtype=torch.bool)), 0)
-        scores = pair_scores(upper, reward, divide(stored, 5, episodes, 1).pairs)
+        every = torch.ones(5, dtype=torch.bool)
+        stored.add(Query(first, second, torch.zeros(5, 2, 1), fresh=every), Answer(labels, every), 0)
+        scores = pair_scores(upper, reward, divide(stored, episodes, 1).pairs)
         score = (scores.raw_actions[:, 0] - mean) / deviation**2
         halves.append([float(scores.half(half) @ score) for half in (0, 1)])
     correlation = np.corrcoef(np.array(halves).T)[0, 1]
@@ -239,7 +241,7 @@ def test_the_halves_of_the_score_gradient_are_uncorrelated(upper):
 
 def ramp(steps, start):
     values = torch.arange(start, start + steps, dtype=torch.float32)[None, :, None]
-    return Segments(values, values / 1000, values / 1000)
+    return Segments(values, values / 1000, values / 1000, torch.tensor([start]))
 
 
 # ------------------------------------------------------------------------------------------------ gate and clip

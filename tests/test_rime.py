@@ -73,17 +73,16 @@ def test_rime_trains_its_inner_updater_on_the_flipped_labels() -> None:
         pairs = "buffer"
 
         def update(self, reward: Any, preferences: Preferences, session: Any) -> dict[str, float]:
-            seen.append((preferences.prefers_first.clone(), session.new_pairs))
+            seen.append((preferences.prefers_first.clone(), int(preferences.new.sum())))
             return {"reward/accuracy": 0.0}
 
-    preferences = answered(40, wrong=10)
+    preferences = answered(40, wrong=10, earlier=5)
     reward = small_reward(hidden=[64])
     trained_on(answered(40), reward, epochs=150, stop_accuracy=0.9999)
     rime = option("updater", "rime", inner=Inner(), epochs=2, warm_updates=0, flip=0.45)
     rime.largest, rime.variance, rime.done = 2.0, 0.0, 60  # tau_low = −ln 2 + 1 = 0.31; tau_high = −ln 0.45 = 0.80
     kl = divergences(reward.preference_logits(preferences.first, preferences.second), preferences.prefers_first)
-    now = session(new_pairs=35)
-    rime.update(reward, preferences, now)
+    rime.update(reward, preferences, session())
     given = preferences.prefers_first
     trusted, flipped = kl < 1 - math.log(2), kl > -math.log(0.45)
     assert trusted.any()
@@ -91,7 +90,7 @@ def test_rime_trains_its_inner_updater_on_the_flipped_labels() -> None:
     kept = trusted | flipped
     assert torch.equal(seen[0][0], torch.where(flipped, 1 - given, given)[kept])
     assert [new for _, new in seen] == [int(kept[-35:].sum()), 0], "new pairs are shown as new once"
-    assert (now.new_pairs, now.fresh_pairs) == (35, 35)
+    assert int(preferences.new.sum()) == 35, "the store itself is as it was"
 
 
 def test_rime_starts_warm_from_the_novelty() -> None:

@@ -22,7 +22,7 @@ def test_surf_without_unlabelled_pairs_and_crops_equals_pebble_bit_for_bit() -> 
     }
     for updater in (option("updater", "pebble-published", fit={"epochs": 5}), option("updater", "surf", **off)):
         reward = small_reward()
-        metrics = updater.update(reward, preferences, session(new_pairs=40))
+        metrics = updater.update(reward, preferences, session())
         trained.append((reward.state_dict(), metrics))
     assert trained[0][1] == trained[1][1]
     for name, weights in trained[0][0].items():
@@ -50,11 +50,11 @@ def test_surf_draws_unlabelled_pairs_per_label_and_keeps_the_newest() -> None:
     few = {"fit": {"epochs": 1, "steps_per_label": None, "crop": [0.7, 1.3]}, "segment_length": 6}
     surf = option("updater", "surf", **few, unlabelled_per_label=3, unlabelled_kept=50)
     preferences = answered(10, margin=2)
-    surf.update(small_reward(), preferences, session(new_pairs=10))
+    surf.update(small_reward(), preferences, session())
     assert surf.unlabelled is not None
     assert surf.unlabelled[0].obs.shape == (30, 10, 2), "with the margins around the six steps"
     old = surf.unlabelled[0].obs[-20:]
-    surf.update(small_reward(), preferences, session(new_pairs=10, seed=1))
+    surf.update(small_reward(), preferences, session(seed=1))
     assert len(surf.unlabelled[0]) == 50
     assert torch.equal(surf.unlabelled[0].obs[:20], old)
 
@@ -69,7 +69,7 @@ def test_surf_takes_the_published_number_of_gradient_steps() -> None:
 def test_surf_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
     few = {"fit": {"epochs": 1, "steps_per_label": None}, "unlabelled_per_label": 2, "segment_length": 12}
     surf = option("updater", "surf", **few)
-    surf.update(small_reward(), answered(5, 12, margin=1), session(new_pairs=5))
+    surf.update(small_reward(), answered(5, 12, margin=1), session())
     torch.save(surf.state_dict(), tmp_path / "state.pt")
     other = option("updater", "surf", **few)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

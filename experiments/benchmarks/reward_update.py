@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
     agent.attach(Rollouts(3 * steps, OBS, ACT))
     found = AgentSession(agent, np.random.default_rng(0))
     found.collect_fresh(steps)
-    query = found.rollouts.query(PAIRS, SEGMENT, np.random.default_rng(1))
+    query = replace(
+        found.rollouts.query(PAIRS, SEGMENT, np.random.default_rng(1)), fresh=torch.ones(PAIRS, dtype=torch.bool)
+    )
     labels = (query.task_rewards[:, 0].sum(1) > query.task_rewards[:, 1].sum(1)).float()
     preferences = Preferences()
     preferences.add(query, Answer(labels, torch.ones(PAIRS, dtype=torch.bool)), 0)
-    found.new_pairs = found.fresh_pairs = PAIRS
     return found, preferences
 
 

@@ -45,11 +45,11 @@ def estimate(
     if settings.estimator in CRITIC_BASED:
         return _through_critics(settings, reward, preferences, session)
     episodes = session.fresh()
-    if session.fresh_pairs < 2 or not episodes:
+    if len(preferences.current) < 2 or not episodes:
         return Estimate(None)
     closed_form = upper == "win_rate" or settings.estimator == "covariance"
     share = 1.0 if closed_form and utility is None else LABELLED_SHARE
-    fresh = divide(preferences, session.fresh_pairs, episodes, settings.trajectory_length, share)
+    fresh = divide(preferences, episodes, settings.trajectory_length, share)
     if not fresh.enough(pieces=share < 1):
         return Estimate(None, metrics={"pairs": float(len(fresh.pairs))})
     scores: list[ScoreRows] = []
@@ -119,7 +119,7 @@ def _covariance(
         raise ValueError("implicit.estimator=covariance continues segments; this environment stores no states")
     if min(fresh.pairs.sizes()) < 2:
         return Estimate(None)
-    states = preferences.states[-session.fresh_pairs :][fresh.chosen]
+    states = preferences.states[fresh.chosen]
     starts = states.transpose(0, 1).flatten(0, 1)  # all first, then all second ones
     continued = session.branches_from(starts, settings.branches, fresh.pairs.segments.horizon)
     values = preference_values(reward, fresh.pairs)

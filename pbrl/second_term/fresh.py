@@ -74,7 +74,7 @@ class Division:
     """This session's fresh data, divided. Pairs that would join both halves are in neither."""
 
     pairs: Labelled
-    chosen: Tensor  # int64 [N]: which of this session's fresh pairs they are
+    chosen: Tensor  # int64 [N]: their rows in the preferences
     pieces: Trajectories  # the steps in none of these pairs
 
     def enough(self, pieces: bool = True) -> bool:
@@ -95,12 +95,11 @@ def cut(episodes: list[Segments], horizon: int) -> Trajectories:
 
 def divide(
     preferences: Preferences,
-    count: int,
     episodes: list[Segments],
     horizon: int,
     labelled_share: float = LABELLED_SHARE,
 ) -> Division:
-    """The last `count` pairs (this session's) dealt to two halves, and the other steps of `episodes` cut into pieces.
+    """This session's fresh pairs dealt to two halves, and the other steps of `episodes` cut into pieces.
 
     Pair by pair, each goes to the half whose steps it shares, to the smaller half if it shares none, and to neither if
     it touches both. Segments that are not in `episodes` (branches) touch nothing. Once the pairs hold `labelled_share`
@@ -109,7 +108,8 @@ def divide(
     Raises:
         ValueError: if there is nothing to divide, or without raw actions (imported answers, say).
     """
-    latest = slice(len(preferences) - count, None)
+    latest = preferences.current
+    count = len(latest)
     first, second = preferences.first[latest], preferences.second[latest]
     if first.raw_actions is None:
         raise ValueError("the preferences hold no raw actions, so the policy's scores are unknown")
@@ -128,8 +128,8 @@ def divide(
         owner[rows] = half[i]
     chosen = torch.from_numpy(np.flatnonzero(half >= 0))
     kept = Segments.cat([first[chosen], second[chosen]])
-    pairs = Labelled(kept, preferences.prefers_first[latest][chosen], torch.from_numpy(half)[chosen])
-    return Division(pairs, chosen, _cut(episodes, horizon, owner))
+    pairs = Labelled(kept, preferences.prefers_first[latest[chosen]], torch.from_numpy(half)[chosen])
+    return Division(pairs, latest[chosen], _cut(episodes, horizon, owner))
 
 
 def check_share(earlier_share: float | None) -> None:
@@ -138,18 +138,19 @@ def check_share(earlier_share: float | None) -> None:
         raise ValueError(f"updater.earlier_share={earlier_share}; expected a share in [0, 1], or null for all pairs")
 
 
-def training_rows(size: int, new: int, earlier_share: float | None, rng: np.random.Generator) -> np.ndarray:
-    """Which of `size` stored pairs to fit, the last `new` of which are this session's: int64 [n], ascending.
+def training_rows(new: Tensor, earlier_share: float | None, rng: np.random.Generator) -> np.ndarray:
+    """Which stored pairs to fit: int64 [n], the earlier ones first, ascending.
 
     Args:
+        new: which of them are this session's, bool [N].
         earlier_share: share, in [0, 1], of earlier sessions' pairs among those fitted, drawn anew at each update
             without replacement, as far as there are enough; None, or 1: all pairs.
     """
-    old = size - new
-    if earlier_share is None or earlier_share == 1 or new == 0:
-        return np.arange(size)
-    count = min(round(new * earlier_share / (1 - earlier_share)), old)
-    return np.concatenate([np.sort(rng.choice(old, count, replace=False)), np.arange(old, size)])
+    old, latest = (np.flatnonzero(which) for which in (~new.numpy(), new.numpy()))
+    if earlier_share is None or earlier_share == 1 or len(latest) == 0:
+        return np.arange(len(new))
+    count = min(round(len(latest) * earlier_share / (1 - earlier_share)), len(old))
+    return np.concatenate([old[np.sort(rng.choice(len(old), count, replace=False))], latest])
 
 
 def _cut(episodes: list[Segments], horizon: int, owner: np.ndarray) -> Trajectories:
@@ -176,18 +177,11 @@ def _cut(episodes: list[Segments], horizon: int, owner: np.ndarray) -> Trajector
 
 
 def _locate(episodes: list[Segments], segments: Segments) -> np.ndarray:
-    """Row of the episodes, laid end to end, at which each segment begins; −1 if nowhere: int64 [len(segments)].
-
-    Found by content: a step's observation and Gaussian action together do not occur twice.
-    """
-
-    def keys(obs: Tensor, raw: Tensor | None) -> list[bytes]:
-        assert raw is not None
-        return [row.tobytes() for row in torch.cat([obs, raw], 1).numpy()]
-
-    rows: list[bytes] = []
-    for episode in episodes:
-        rows += keys(episode.obs[0], None if episode.raw_actions is None else episode.raw_actions[0])
-    where = {key: i for i, key in enumerate(rows)}
-    wanted = keys(segments.obs[:, 0], None if segments.raw_actions is None else segments.raw_actions[:, 0])
-    return np.array([where.get(key, -1) for key in wanted])
+    """Row of the episodes, laid end to end, at which each segment begins; −1 if nowhere: int64 [len(segments)]."""
+    if segments.step is None or any(episode.step is None for episode in episodes):
+        return np.full(len(segments), -1)
+    beginnings = [int(episode.step[0]) for episode in episodes if episode.step is not None]
+    rows = [begin + np.arange(e.horizon) for begin, e in zip(beginnings, episodes, strict=True)]
+    steps, wanted = np.concatenate(rows), segments.step.numpy()  # both count the run's steps; the rows ascend
+    row = np.minimum(np.searchsorted(steps, wanted), len(steps) - 1)
+    return np.where(steps[row] == wanted, row, -1)

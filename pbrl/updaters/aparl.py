@@ -67,7 +67,7 @@ class APARL(Updater):
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
-        rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
+        rows = training_rows(preferences.new, self.earlier_share, session.rng)
         off = self.implicit.estimator == "off"
         metrics, found = self.safeguard.train(
             reward,

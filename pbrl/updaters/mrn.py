@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbrl.bilevel.params import combine, gradient, leaves, linearize
+from pbrl.checks import check
 from pbrl.fitting import Fitting
 from pbrl.interfaces import Updater
 from pbrl.preferences import Preferences
@@ -82,15 +83,14 @@ class Mrn(Updater):
         critic_learning_rate: float,
         outer_weight: float,
     ) -> None:
-        for name, ok in (
-            ("pairs", pairs in ("buffer", "fresh")),
-            ("meta_every", meta_every >= 1),
-            ("meta_batch_size", meta_batch_size >= 1),
-            ("meta_pairs", meta_pairs >= 1),
-            ("critic_learning_rate", critic_learning_rate > 0),
-        ):
-            if not ok:
-                raise ValueError(f"updater.{name}={locals()[name]} is out of range")
+        check(
+            "updater",
+            pairs=(pairs, pairs in ("buffer", "fresh"), "buffer or fresh"),
+            meta_every=(meta_every, meta_every >= 1, "at least 1"),
+            meta_batch_size=(meta_batch_size, meta_batch_size >= 1, "at least 1"),
+            meta_pairs=(meta_pairs, meta_pairs >= 1, "at least 1"),
+            critic_learning_rate=(critic_learning_rate, critic_learning_rate > 0, "a number above 0"),
+        )
         self.fit, self.pairs = fit, pairs
         self.between_every, self.meta_batch_size, self.meta_pairs = meta_every, meta_batch_size, meta_pairs
         self.critic_learning_rate, self.outer_weight = critic_learning_rate, outer_weight

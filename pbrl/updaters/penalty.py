@@ -95,7 +95,7 @@ class Penalty(Updater):
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`penalty/…`)."""
         if self.reference == "pretrained" and self.reference_policy is None:
             self.reference_policy = copied(session.policy.parameters())
-        rows = training_rows(len(preferences), session.new_pairs, self.earlier_share, session.rng)
+        rows = training_rows(preferences.new, self.earlier_share, session.rng)
         metrics, found = self.safeguard.train(
             reward,
             self.second_term(reward, preferences, session) if self.first_sigma else None,
@@ -110,11 +110,11 @@ class Penalty(Updater):
     def second_term(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> Estimate:
         """This session's estimate of Term 2, before it is judged."""
         episodes = session.fresh()
-        if session.fresh_pairs < 2 or not episodes:
+        if len(preferences.current) < 2 or not episodes:
             return Estimate(None)
         rolls = self.walk.twin and self.utility is None  # its own rollouts are all it needs
         share = 1.0 if rolls else LABELLED_SHARE
-        fresh = divide(preferences, session.fresh_pairs, episodes, self.walk.trajectory_length, share)
+        fresh = divide(preferences, episodes, self.walk.trajectory_length, share)
         if not fresh.enough(pieces=not rolls):
             return Estimate(None)
         scores = [pair_scores(self.upper, reward, fresh.pairs)]

@@ -93,7 +93,6 @@ class Rime(Updater):
         if not self.warm:
             self.warm = True
             metrics |= self._warm_start(reward, session)
-        counts, size = (session.new_pairs, session.fresh_pairs), len(preferences)
         for epoch in range(1, self.epochs + 1):
             labels = preferences.prefers_first
             trusted, flipped = self._denoise(reward, preferences)
@@ -101,16 +100,12 @@ class Rime(Updater):
             index = (trusted | flipped).nonzero().squeeze(1)
             if not len(index):
                 break
-            kept = preferences.select(index, torch.where(flipped, 1 - labels, labels)[index])
-            # what is new to the inner updater: the session's pairs that are kept, in its first epoch
-            session.new_pairs, session.fresh_pairs = (
-                int((index >= size - count).sum()) if epoch == 1 else 0 for count in counts
-            )
+            # new to the inner updater are the session's pairs that are kept, in its first epoch
+            kept = preferences.select(index, torch.where(flipped, 1 - labels, labels)[index], new=epoch == 1)
             metrics |= self.inner.update(reward, kept, session)
             metrics["reward/epochs"] = float(epoch)
             if epoch >= self.least_epochs and metrics.get("reward/accuracy", 0.0) > self.stop_accuracy:
                 break
-        session.new_pairs, session.fresh_pairs = counts
         return metrics
 
     @property

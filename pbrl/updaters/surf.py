@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.checks import check
 from pbrl.fitting import Fitting
 from pbrl.interfaces import Updater
 from pbrl.losses import log_likelihood, preference_logits
@@ -63,15 +64,14 @@ class Surf(Updater):
         confidence: float,
         weight: float,
     ) -> None:
-        for name, value, ok in (
-            ("pairs", pairs, pairs in ("buffer", "fresh")),
-            ("unlabelled_per_label", unlabelled_per_label, unlabelled_per_label >= 0),
-            ("unlabelled_ratio", unlabelled_ratio, unlabelled_ratio >= 1),
-            ("unlabelled_kept", unlabelled_kept, unlabelled_kept >= 1),
-            ("confidence", confidence, 0.5 <= confidence <= 1),
-        ):
-            if not ok:
-                raise ValueError(f"updater.{name}={value} is out of range")
+        check(
+            "updater",
+            pairs=(pairs, pairs in ("buffer", "fresh"), "buffer or fresh"),
+            unlabelled_per_label=(unlabelled_per_label, unlabelled_per_label >= 0, "at least 0"),
+            unlabelled_ratio=(unlabelled_ratio, unlabelled_ratio >= 1, "at least 1"),
+            unlabelled_kept=(unlabelled_kept, unlabelled_kept >= 1, "at least 1"),
+            confidence=(confidence, 0.5 <= confidence <= 1, "a probability in [0.5, 1]"),
+        )
         self.fit, self.pairs, self.margin = fit, pairs, fit.margin(segment_length)
         self.weight, self.confidence = weight, confidence
         self.unlabelled_per_label, self.unlabelled_ratio = unlabelled_per_label, unlabelled_ratio
@@ -81,7 +81,7 @@ class Surf(Updater):
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and the share of confident unlabelled pairs."""
         length, rng = preferences.horizon, session.rng
-        self._draw_unlabelled(session, length)
+        self._draw_unlabelled(session, int(preferences.new.sum()), length)
         shares: list[Tensor] = []
 
         def pseudo_labels(member: int, labelled: int) -> Tensor:
@@ -95,8 +95,8 @@ class Surf(Updater):
             metrics["surf/confident"] = float(torch.stack(shares).mean())
         return metrics
 
-    def _draw_unlabelled(self, session: Session, length: int) -> None:
-        count = min(self.unlabelled_per_label * session.new_pairs, self.unlabelled_kept)
+    def _draw_unlabelled(self, session: Session, labels: int, length: int) -> None:
+        count = min(self.unlabelled_per_label * labels, self.unlabelled_kept)
         if not count:
             return
         new = session.unlabelled(count, length + 2 * self.margin)
