@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ class Stretch:
 
     def __init__(self, session: Any, blocks: list[Block], index: int) -> None:
         self.session, self.blocks, self.policy = session, blocks, session.policy
-        self.fresh_pairs = self.new_pairs = PAIRS * len(blocks)
         self.env_step, self.rng = session.env_step + index, np.random.default_rng(index)
 
     def fresh(self) -> list[Segments]:
@@ -74,6 +73,7 @@ class Stretch:
     def preferences(self) -> Preferences:
         """The pairs, answered without error by the task's reward."""
         query = Query.cat([block.query for block in self.blocks])
+        query = replace(query, fresh=torch.ones(len(query), dtype=torch.bool))
         returns = query.task_rewards.sum(2)
         labels = (returns[:, 0] > returns[:, 1]).float()
         labels[returns[:, 0] == returns[:, 1]] = 0.5
