@@ -20,6 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 import pbrl
+from pbrl.comparing.tables import neutral
 
 COLUMNS = ("run", "env", "updater", "query", "teacher", "seed", "env_step", "return", "success", "labels")
 ORACLE = pbrl.ORACLES
@@ -50,7 +51,7 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> N
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: neutral(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     print(path)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from envs.pointmass import PointMass
-from pbrl.launch.configuration import ConfigError
+from pbrl.launch.configuration import CONF, ConfigError
+from pbrl.launch.one_run import print_summary
 from pbrl.records.videos import BAR, SIZE, film_pairs
 from pbrl.types import Answer, Query, Segments
 from tests.conftest import finish, rows, tiny_loop
@@ -29,6 +30,15 @@ def test_training_does_not_notice_that_it_is_filmed(tmp_path: Path, tiny_run: Pa
     with imageio.get_reader(run_dir / "videos" / "feedback_000000200.mp4") as video:
         assert video.count_frames() == 5 * 10
         assert video.get_data(0).shape == (SIZE, 2 * SIZE, 3)
+
+
+def test_the_closing_lines_name_the_film_of_the_last_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = finish(tiny_loop(tmp_path / "run", "eval.video=true", "updater=oracle", "eval.every=600"))
+    print_summary(summary, tmp_path / "run")
+    assert f"film of the last evaluation    {tmp_path}/run/videos/eval_000000600.mp4\n" in capsys.readouterr().out
+    assert "eval: {every: 5000, episodes: 5, video: true}" in (CONF / "experiment/quick.yaml").read_text()
 
 
 def test_the_preferred_segment_has_the_bar(tmp_path: Path) -> None:

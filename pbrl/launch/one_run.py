@@ -112,5 +112,7 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
             print(f"  {name:30} {summary[key]:.4g}")
     print(f"  {'metrics':30} {run_dir / 'metrics.jsonl'}")
     print(f"  {'checkpoints':30} {run_dir / 'checkpoints'}")
+    if films := sorted((run_dir / "videos").glob("eval_*.mp4")):
+        print(f"  {'film of the last evaluation':30} {films[-1]}")
     trust = trust_of(run_dir, ("env", "agent", "reward"))
     print(f"  {'watch it':30} {evaluate_command(run_dir, trust, '--video')}")
