@@ -67,9 +67,6 @@ class MemberLoss(Protocol):
     def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-ExtraLoss = Callable[[int, int], Tensor]
-
-
 def train_epochs(
     reward: RewardEnsemble,
     loss: MemberLoss,
@@ -81,6 +78,8 @@ def train_epochs(
     rng: np.random.Generator,
     extra_gradient: Callable[[], None] | None = None,
     least_steps: int = 0,
+    max_steps: int | None = None,
+    stop_over: str = "epoch",
 ) -> dict[str, float]:
     """B-Pref's training of a reward ensemble (REFERENCE: `train_reward`), each member on its own shuffled mini-batches.
 
@@ -97,17 +96,24 @@ def train_epochs(
         rng: shuffles.
         extra_gradient: called after each backward pass and before the step; may change the gradients.
         least_steps: optimiser steps before which it does not end, whatever the two limits above say.
+        max_steps: optimiser steps at the most, in place of `max_epochs`.
+        stop_over: what the accuracy is taken over: `epoch`, or `update`, all steps so far, looked at after each.
 
     Returns:
-        reward/loss (nats per pair and member, last epoch), reward/accuracy (last epoch), reward/epochs.
+        reward/loss (nats per pair and member, last epoch), reward/accuracy, reward/epochs, reward/steps.
     """
     members = range(len(reward.members))
-    mean_loss, accuracy, epoch = float("nan"), float("nan"), 0
-    least_epochs = -(-least_steps // max(-(-size // batch_size), 1))
-    max_epochs = max(max_epochs, least_epochs)
+    mean_loss, accuracy, epoch, steps = float("nan"), float("nan"), 0, 0
+    steps_an_epoch = max(-(-size // batch_size), 1)
+    last_step = max_epochs * steps_an_epoch if max_steps is None else max_steps
+    max_epochs = -(-max(last_step, least_steps) // steps_an_epoch)
+    last_step = max_epochs * steps_an_epoch if max_steps is None else max(max_steps, least_steps)
+    hits, decided, over = torch.zeros(()), torch.zeros(()), False
     for epoch in range(1, (max_epochs if size else 0) + 1):
         orders = [rng.permutation(size) for _ in members]
-        losses, hits, decided = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        losses, trained = torch.zeros(()), 0
+        if stop_over == "epoch":
+            hits, decided = torch.zeros(()), torch.zeros(())
         for start in range(0, size, batch_size):
             reward.optimizer.zero_grad(set_to_none=True)
             for m in members:
@@ -121,13 +127,25 @@ def train_epochs(
             if extra_gradient is not None:
                 extra_gradient()
             reward.optimizer.step()
-        mean_loss = float(losses) / (size * len(members))
-        accuracy = float(hits / decided) if decided else 1.0
+            steps, trained = steps + 1, trained + len(orders[0][start : start + batch_size])
+            accuracy = float(hits / decided) if decided else 1.0
+            ends = start + batch_size >= size
+            over = steps >= last_step or (
+                (ends or stop_over == "update") and accuracy > stop_accuracy and steps >= least_steps
+            )
+            if over and not ends:
+                break
+        mean_loss = float(losses) / (trained * len(members))
         if not np.isfinite(mean_loss):
             raise FloatingPointError(f"the reward's loss became {mean_loss} in epoch {epoch} of its training")
-        if accuracy > stop_accuracy and epoch >= least_epochs:
+        if over:
             break
-    return {"reward/loss": mean_loss, "reward/accuracy": accuracy, "reward/epochs": float(epoch)}
+    return {
+        "reward/loss": mean_loss,
+        "reward/accuracy": accuracy,
+        "reward/epochs": float(epoch),
+        "reward/steps": float(steps),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +159,10 @@ class Fitting:
         batch_size: pairs per member and step, ≥ 1.
         stop_accuracy: stop after the first epoch above it; above 1: never.
         least_steps: optimiser steps, ≥ 0, that both limits above wait for: with few answers they end too soon.
-        steps_per_label: optimiser steps per answered pair, > 0, in place of `epochs`; null: `epochs`.
+        steps_per_label: optimiser steps per answered pair, > 0, rounded up to a whole number of steps, in place of
+            `epochs` (SURF, QPA); null: `epochs`.
+        stop_over: what the accuracy is taken over: `epoch`, or `update`: all steps of this update so far, looked at
+            after each step (QPA).
         crop: shortest and longest piece of a segment, as shares of its length, 0 < shortest ≤ longest: of each segment
             a random piece of such a length is used each time it is drawn (SURF, QPA; see `crops`). It teaches which
             steps were good, not only which segments. Above 1 (SURF) the steps around a segment must have been kept
@@ -162,6 +183,7 @@ class Fitting:
     stop_accuracy: float
     least_steps: int
     steps_per_label: float | None
+    stop_over: str
     crop: Sequence[float] | None
     pieces: int
     label_smoothing: float
@@ -184,6 +206,7 @@ class Fitting:
                 "at least 1; 1 without a crop",
             ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share in [0, 1)"),
+            ("stop_over", self.stop_over in ("epoch", "update"), "epoch or update"),
             ("shrink", self.shrink >= 0, "at least 0"),
         ):
             if not good:
@@ -213,14 +236,12 @@ class Fitting:
         rng: np.random.Generator,
         rows: np.ndarray | None = None,
         extra_gradient: Callable[[], None] | None = None,
-        extra_loss: ExtraLoss | None = None,
     ) -> dict[str, float]:
         """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics.
 
         Args:
             rng: shuffles and crops.
             extra_gradient: see `train_epochs`.
-            extra_loss: (member, pairs in this block) -> what is added to the block's mean loss, scalar [].
         """
         labels, steps = preferences.prefers_first, preferences.horizon
         first, second = preferences.first, preferences.second
@@ -235,22 +256,18 @@ class Fitting:
             answers = labels[torch.from_numpy(chosen)]
             if self.label_smoothing:
                 answers = torch.lerp(answers, torch.full_like(answers, 0.5), self.label_smoothing)
-            value, hits, decided = answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
-            return value if extra_loss is None else value + extra_loss(member, len(index)), hits, decided
+            return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
 
         return train_epochs(
             reward,
             loss,
             size,
             batch_size=self.batch_size,
-            max_epochs=self._max_epochs(size),
+            max_epochs=self.epochs,
+            max_steps=None if self.steps_per_label is None else math.ceil(self.steps_per_label * size),
             stop_accuracy=self.stop_accuracy,
+            stop_over=self.stop_over,
             rng=rng,
             extra_gradient=extra_gradient,
             least_steps=self.least_steps,
         )
-
-    def _max_epochs(self, size: int) -> int:
-        if self.steps_per_label is None:
-            return self.epochs
-        return math.ceil(math.ceil(self.steps_per_label * size) / max(math.ceil(size / self.batch_size), 1))

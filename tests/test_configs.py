@@ -60,7 +60,7 @@ def test_our_methods_fit_the_answers_alike_and_published_settings_as_published()
     assert (published.batch_size, published.least_steps, published.crop, published.shrink) == (128, 0, None, 0)
     assert option("updater", "mrn").fit == published
     names = [name for name in options("experiment") if name.startswith(("pebble-", "rune-", "reed-"))]
-    assert len(names) > 10
+    assert len(names) > 8
     expected = OmegaConf.to_container(config("updater=pebble-published")[0].updater.fit)
     for name in names:
         cfg = config(f"experiment={name}")[0]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.fitting import answer_loss, crops
+from pbrl.fitting import answer_loss, crops, train_epochs
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 from tests.conftest import option
+from tests.preference_problem import answered, small_reward
 
 
 def learned_steps(**changes: Any) -> tuple[dict[str, float], np.ndarray]:
@@ -93,6 +94,8 @@ def test_shrinking_centres_the_rewards() -> None:
         {"crop": [1.0, 0.5]},
         {"crop": [0.5]},
         {"shrink": -1.0},
+        {"pieces": 0},
+        {"stop_over": "all"},
     ],
     ids=str,
 )
@@ -123,3 +126,33 @@ def test_crops_never_exceed_what_is_stored() -> None:
 def test_several_whole_segments_of_a_pair_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"updater\.fit\.pieces=2; expected at least 1; 1 without a crop"):
         option("updater", "pebble", fit={"pieces": 2, "crop": None})
+
+
+def test_several_pieces_of_a_pair_weigh_as_their_mean() -> None:
+    reward, preferences = small_reward(members=1), answered(3, 6)
+    kept = crops(4 * 3, 6, 3, 5, np.random.default_rng(0))
+    sides, labels = (preferences.first, preferences.second), preferences.prefers_first
+    loss, hits, decided = answer_loss(reward, 0, *sides, labels, kept)
+    each = [answer_loss(reward, 0, *sides, labels, (kept[0][i : i + 3], kept[1][i : i + 3])) for i in (0, 3, 6, 9)]
+    assert loss.item() == pytest.approx(np.mean([one[0].item() for one in each]), rel=1e-5)
+    assert (int(hits), int(decided)) == (sum(int(one[1]) for one in each), 12)
+
+
+def accuracies(values: list[float], **limits: Any) -> dict[str, float]:
+    """Train on one batch an epoch whose accuracy is given."""
+    rest = iter(values)
+    reward = small_reward(members=1)
+
+    def loss(member: int, index: np.ndarray) -> Any:
+        return next(reward.members[0].parameters()).sum(), torch.tensor(next(rest) * 10), torch.tensor(10)
+
+    options = {"batch_size": 4, "max_epochs": 99, "stop_accuracy": 0.9, "rng": np.random.default_rng(0)}
+    return train_epochs(reward, loss, 4, **(options | limits))
+
+
+def test_the_stop_looks_at_the_last_epoch_or_at_all_steps() -> None:
+    values = [0.5, 0.95, 1, 1, 1, 1, 1, 1]
+    assert accuracies(values)["reward/steps"] == 2
+    assert accuracies(values, stop_over="update")["reward/steps"] == 6  # 5.45 / 6 is the first mean above 0.9
+    assert accuracies(values, stop_over="update", max_steps=3)["reward/steps"] == 3
+    assert accuracies(values, max_steps=3, least_steps=5)["reward/steps"] == 5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pbrl.agent.replay import RelabelReplay
-from tests.conftest import config, point_mass_agent, tiny_loop
+from tests.conftest import config, option, point_mass_agent, tiny_loop
 
 
 def test_hybrid_replay_draws_the_published_share_from_recent_steps() -> None:
@@ -49,3 +49,14 @@ def test_near_policy_queries_come_from_the_last_episodes(tmp_path: Path) -> None
     recent = loop.parts.rollouts.obs[200:250]  # episodes of 50 steps; the sixth has not begun
     assert {tuple(o) for o in query.first.obs[:, 0].tolist()} <= {tuple(o) for o in recent.tolist()}
     loop.close(True)
+
+
+@pytest.mark.parametrize(("task", "steps_per_label"), [("walker-walk", 2000 / 128), ("door-open", None)])
+def test_qpas_fitting_is_the_published_one(task: str, steps_per_label: float | None) -> None:
+    fit = option("updater", "qpa", task=task).fit
+    assert fit.steps_per_label == steps_per_label
+    if steps_per_label:
+        assert (fit.crop_lengths(50), fit.pieces) == ((35, 45), 20)
+        assert (fit.stop_over, fit.stop_accuracy) == ("update", 0.98)
+    else:
+        assert (fit.crop, fit.epochs, fit.stop_over, fit.stop_accuracy) == (None, 200, "epoch", 0.97)

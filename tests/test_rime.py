@@ -38,6 +38,57 @@ def test_rime_thresholds_follow_the_paper() -> None:
     assert rime.lower_threshold == pytest.approx(-math.log(0.7) + 0.35 + 3.0), "the uncertainty term is capped"
 
 
+def test_the_variance_pools_all_trusted_divergences_by_count() -> None:
+    rime = option("updater", "rime")
+    rng = np.random.default_rng(0)
+    epochs = [torch.from_numpy(rng.exponential(scale, size)) for scale, size in ((0.7, 50), (0.3, 80), (0.1, 20))]
+    rime.observe(epochs[0])
+    assert rime.variance == pytest.approx(float(epochs[0].var(unbiased=False))), "its start, 1, is forgotten at once"
+    mean, variance, count = 0.1 * float(epochs[0].mean()), rime.variance, 50
+    for epoch in epochs[1:]:
+        rime.observe(epoch)
+        size = len(epoch)
+        between = (float(epoch.mean()) - mean) ** 2 * count * size / (count + size)
+        variance = (variance * count + float(epoch.var(unbiased=False)) * size + between) / (count + size)
+        mean, count = mean + 0.1 * (float(epoch.mean()) - mean), count + size
+        assert rime.variance == pytest.approx(variance)
+
+
+def test_the_learning_rate_warms_up_epoch_by_epoch() -> None:
+    rates: list[float] = []
+
+    class Inner:
+        pairs = "buffer"
+
+        def update(self, reward: Any, preferences: Preferences, session: Any) -> dict[str, float]:
+            rates.append(reward.optimizer.param_groups[0]["lr"])
+            return {"reward/accuracy": 0.0}
+
+    reward = small_reward(learning_rate=1e-2)
+    rime = option("updater", "rime", inner=Inner(), epochs=4, warm_updates=0, warmup_epochs=5)
+    for _ in range(2):
+        rime.update(reward, answered(20), session())
+    assert rates == pytest.approx([0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.01, 0.01])
+    assert reward.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_wrong_answers_are_distrusted_within_the_first_epochs() -> None:
+    """30 % wrong; with a variance that averages from 1 on, all of them are still trusted in the eighth epoch."""
+    trusted = []
+    rime = option("updater", "rime", epochs=8, least_epochs=8, warm_updates=0, warmup_epochs=0)
+    denoise = rime._denoise
+
+    def spied(reward: Any, preferences: Preferences) -> Any:
+        found = denoise(reward, preferences)
+        trusted.append(float(found[0][:90].float().mean()))
+        return found
+
+    rime._denoise = spied
+    rime.update(small_reward(hidden=[64], learning_rate=5e-3), answered(300, wrong=90), session())
+    assert trusted[0] == 1
+    assert trusted[7] < 0.7
+
+
 def test_rime_flips_and_distrusts_wrong_labels() -> None:
     preferences = answered(300, wrong=30)
     reward = small_reward(hidden=[64])

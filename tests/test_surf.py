@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,11 +60,32 @@ def test_surf_draws_unlabelled_pairs_per_label_and_keeps_the_newest() -> None:
     assert torch.equal(surf.unlabelled[0].obs[:20], old)
 
 
-def test_surf_takes_the_published_number_of_gradient_steps() -> None:
-    fit = option("updater", "surf", task="walker-walk").fit
-    assert fit.steps_per_label == 1000 / 128
-    assert fit._max_epochs(10) == 79  # ceil(1000 · 10 / 128) steps of one batch each
-    assert fit._max_epochs(200) == math.ceil(1563 / 2)  # two batches an epoch
+@pytest.mark.parametrize(("labels", "steps"), [(10, 79), (200, 1563)])
+def test_surf_takes_the_published_number_of_gradient_steps(labels: int, steps: int) -> None:
+    """ceil(1000 · labels / 128), the last epoch cut short."""
+    surf = option("updater", "surf", task="walker-walk", unlabelled_per_label=0, fit={"crop": None})
+    metrics = surf.update(small_reward(members=1, hidden=[2]), answered(labels, 2), session())
+    assert metrics["reward/steps"] == steps
+
+
+@pytest.mark.parametrize(("labels", "kept", "expected"), [(10, 10_000, 512), (10, 300, 300), (200, 10_000, 512)])
+def test_surf_has_as_many_pseudo_labels_a_step_however_few_answers(
+    labels: int, kept: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SURF: mu · 128 unlabelled pairs, or all there are."""
+    fit = {"steps_per_label": None, "epochs": 1, "crop": None}
+    surf = option("updater", "surf", fit=fit, unlabelled_per_label=100, unlabelled_kept=kept)
+    drawn: list[int] = []
+    pseudo = surf._pseudo_labels
+
+    def counted(reward: Any, member: int, index: Any, *rest: Any) -> Any:
+        drawn.append(len(index))
+        return pseudo(reward, member, index, *rest)
+
+    monkeypatch.setattr(surf, "_pseudo_labels", counted)
+    metrics = surf.update(small_reward(hidden=[2]), answered(labels, 2), session())
+    assert sum(drawn) == expected * 2 * metrics["reward/steps"]  # two members
+    assert 0 <= metrics["surf/confident"] <= 1
 
 
 def test_surf_state_goes_through_a_checkpoint(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ ABSENT = {
     "crop": 0.0,
     "shrink": 0.0,
 }
-LATER = {"pieces": 1, "label_smoothing": 0.0}  # what a fitting did before it had a key for it
+LATER = {"stop_over": "epoch", "pieces": 1, "label_smoothing": 0.0}  # what a fitting did before it had a key for it
 AGENT = {  # what its first versions were
     "precision": "fp32",
     "compile": False,
@@ -66,6 +66,8 @@ def _upgrade_updater(node: dict[str, Any], segment_length: Any) -> None:
     fitting = node.get("fit")
     if isinstance(fitting, dict) and fitting.get("_target_") == FITTING:
         node["fit"] = LATER | fitting
+    if target == "pbrl.updaters.rime.Rime":
+        node.setdefault("warmup_epochs", 0)
     for name in ("implicit", "walk"):
         inner = node.get(name)
         if isinstance(inner, dict) and "horizon" in inner:

@@ -30,6 +30,7 @@ FOLD_FIT = Fitting(
     stop_accuracy=2.0,
     least_steps=100,
     steps_per_label=None,
+    stop_over="epoch",
     crop=(0.7, 1.0),
     pieces=1,
     label_smoothing=0.0,

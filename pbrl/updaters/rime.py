@@ -3,7 +3,9 @@
     KL_i = KL(label_i ‖ p_i),   p_i = the ensemble's mean probability that the first segment is preferred
     trusted:  KL_i < tau_low = −ln x + alpha x + min(beta Var, 3)        flipped:  KL_i > tau_high = −ln flip
 
-where x is a running mean of the largest trusted KL, Var a running variance of them, and beta falls linearly.
+where x is a running mean of the largest trusted KL, and beta falls linearly. Var is the variance of all KL trusted so
+far, pooled by count; the mean that enters it is a running one, at the same rate as x. The reward's learning rate rises
+linearly from 0 over the first `warmup_epochs` epochs after the warm start.
 A wrapper: the reward is trained by `inner`, on the trusted and the flipped answers only, chosen anew for each epoch.
 
 Before the first answers the reward is fitted to the normalised novelty by which pretraining paid the agent, so that the
@@ -48,7 +50,8 @@ class Rime(Updater):
         epochs: at the most. least_epochs: at the least. stop_accuracy: stop after an epoch above it.
         alpha: of tau_low. beta_first, beta_last: weight of the variance, over the run's first `beta_epochs` epochs.
         flip: probability below which a label is held to be wrong and flipped.
-        rate: of the running mean x.
+        rate: of the running means.
+        warmup_epochs: over which the learning rate rises; the first one trains nothing. 0: at once.
         warm_updates: gradient steps of the warm start; 0: none. warm_batch_size: transitions each.
         nearest: k of the novelty, as in pretraining.
 
@@ -69,6 +72,7 @@ class Rime(Updater):
         beta_epochs: int,
         flip: float,
         rate: float,
+        warmup_epochs: int,
         warm_updates: int,
         warm_batch_size: int,
         nearest: int,
@@ -80,12 +84,16 @@ class Rime(Updater):
             raise ValueError("updater.inner also learns between sessions, from answers as given; rime cannot wrap it")
         if not 0 < flip < 0.5 or not 0 < rate <= 1:
             raise ValueError(f"updater.flip={flip}, updater.rate={rate}; expected 0 < flip < 0.5 and 0 < rate ≤ 1")
+        if warmup_epochs < 0:
+            raise ValueError(f"updater.warmup_epochs={warmup_epochs}; expected at least 0")
         self.inner, self.pairs, self.margin = inner, inner.pairs, inner.margin
         self.epochs, self.least_epochs, self.stop_accuracy = epochs, least_epochs, stop_accuracy
         self.alpha, self.flip, self.rate = alpha, flip, rate
         self.beta_first, self.beta_last, self.beta_epochs = beta_first, beta_last, beta_epochs
         self.warm_updates, self.warm_batch_size, self.nearest = warm_updates, warm_batch_size, nearest
+        self.warmup_epochs = warmup_epochs
         self.warm, self.largest, self.variance, self.done = False, 0.0, 1.0, 0
+        self.mean, self.count = 0.0, 0  # of the trusted KL
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Denoise and train, epoch by epoch; returns the inner updater's last metrics and the shares kept."""
@@ -93,6 +101,7 @@ class Rime(Updater):
         if not self.warm:
             self.warm = True
             metrics |= self._warm_start(reward, session)
+        rates = [group["lr"] for group in reward.optimizer.param_groups]
         for epoch in range(1, self.epochs + 1):
             labels = preferences.prefers_first
             trusted, flipped = self._denoise(reward, preferences)
@@ -102,7 +111,12 @@ class Rime(Updater):
                 break
             # new to the inner updater are the session's pairs that are kept, in its first epoch
             kept = preferences.select(index, torch.where(flipped, 1 - labels, labels)[index], new=epoch == 1)
-            metrics |= self.inner.update(reward, kept, session)
+            share = min((self.done - 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+            _set_rates(reward, [share * rate for rate in rates])
+            try:
+                metrics |= self.inner.update(reward, kept, session)
+            finally:
+                _set_rates(reward, rates)
             metrics["reward/epochs"] = float(epoch)
             if epoch >= self.least_epochs and metrics.get("reward/accuracy", 0.0) > self.stop_accuracy:
                 break
@@ -124,10 +138,19 @@ class Rime(Updater):
         trusted = kl < self.lower_threshold
         flipped = (kl > -math.log(self.flip)) & ~trusted & (labels != 0.5)
         if trusted.any():
-            self.largest += self.rate * (float(kl[trusted].max()) - self.largest)
-            self.variance += self.rate * (float(kl[trusted].var(unbiased=False)) - self.variance)
+            self.observe(kl[trusted])
         self.done += 1
         return trusted, flipped
+
+    def observe(self, trusted: Tensor) -> None:
+        """Take in an epoch's trusted divergences, float [N]: x, their mean and their variance."""
+        size, mean, variance = len(trusted), float(trusted.mean()), float(trusted.var(unbiased=False))
+        total = self.count + size
+        between = (mean - self.mean) ** 2 * self.count * size / total
+        self.variance = (self.variance * self.count + variance * size + between) / total
+        self.mean += self.rate * (mean - self.mean)
+        self.largest += self.rate * (float(trusted.max()) - self.largest)
+        self.count = total
 
     def _warm_start(self, reward: RewardEnsemble, session: Session) -> dict[str, float]:
         """Fit every member to clip((d − mean d) / (3 std d), −1, 1), d the distance to the k-th nearest observation."""
@@ -149,11 +172,17 @@ class Rime(Updater):
     def state_dict(self) -> dict[str, Any]:
         """Running numbers and the inner updater's state, for a checkpoint."""
         return {
-            "numbers": [self.warm, self.largest, self.variance, self.done],
+            "numbers": [self.warm, self.largest, self.variance, self.done, self.mean, self.count],
             "inner": self.inner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.warm, self.largest, self.variance, self.done = state["numbers"]
+        self.warm, self.largest, self.variance, self.done, *pooled = state["numbers"]
+        self.mean, self.count = pooled if pooled else (0.0, 0)  # a run from before 0.2 begins to count now
         self.inner.load_state_dict(state["inner"])
+
+
+def _set_rates(reward: RewardEnsemble, rates: list[float]) -> None:
+    for group, rate in zip(reward.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pbrl.checks import check
-from pbrl.fitting import Fitting
+from pbrl.fitting import BLOCK_PAIRS, Fitting
 from pbrl.interfaces import Updater
 from pbrl.losses import log_likelihood, preference_logits
 from pbrl.preferences import Preferences
@@ -32,6 +33,13 @@ def pseudo_label_loss(logits: Tensor, cropped_logits: Tensor, confidence: float)
     return -(sure * log_likelihood(cropped_logits, (logits > 0).to(logits.dtype))).mean(), sure.mean()
 
 
+def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Indices below `count`, `size` at a time, each once before any comes again: int64 [≤ size]."""
+    while True:
+        order = rng.permutation(count)
+        yield from (order[start : start + size] for start in range(0, count, size))
+
+
 class Surf(Updater):
     """Cross-entropy on cropped answered pairs, plus pseudo-labels on cropped unlabelled pairs.
 
@@ -43,7 +51,8 @@ class Surf(Updater):
         pairs: as in `Pebble`.
         segment_length: of the pairs asked about, environment steps.
         unlabelled_per_label: unlabelled pairs drawn for each answered pair of a session.
-        unlabelled_ratio: unlabelled pairs per answered pair in a mini-batch (SURF's mu).
+        unlabelled_ratio: unlabelled pairs in a mini-batch, as a multiple of `fit.batch_size` (SURF's mu); fewer if not
+            so many are kept.
         unlabelled_kept: newest unlabelled pairs kept. (SURF keeps 5·10⁵; 10⁴ of walker's take 0.14 GB.)
         confidence: tau of `pseudo_label_loss`.
         weight: of the pseudo-label loss (SURF's lambda).
@@ -82,18 +91,24 @@ class Surf(Updater):
         """Train every member; returns `train_epochs`' metrics and the share of confident unlabelled pairs."""
         length, rng = preferences.horizon, session.rng
         self._draw_unlabelled(session, int(preferences.new.sum()), length)
+        if self.unlabelled is None:
+            return self.fit(reward, preferences, rng)
+        count, size = len(self.unlabelled[0]), self.unlabelled_ratio * self.fit.batch_size
+        batches = [_batches(count, size, rng) for _ in reward.members]
         shares: list[Tensor] = []
 
-        def pseudo_labels(member: int, labelled: int) -> Tensor:
-            loss, share = self._pseudo_labels(reward, member, labelled, length, rng)
-            shares.append(share)
-            return self.weight * loss
+        def pseudo_gradient() -> None:
+            """As many unlabelled pairs a step as full batches of answers have, however few answers there are."""
+            for member, batch in enumerate(batches):
+                index = next(batch)
+                for block in (index[i : i + BLOCK_PAIRS] for i in range(0, len(index), BLOCK_PAIRS)):
+                    loss, share = self._pseudo_labels(reward, member, block, length, rng)
+                    (self.weight * loss * (len(block) / len(index))).backward()
+                    shares.append(share * (len(block) / len(index)))
 
-        extra = None if self.unlabelled is None else pseudo_labels
-        metrics = self.fit(reward, preferences, rng, extra_loss=extra)
-        if shares:
-            metrics["surf/confident"] = float(torch.stack(shares).mean())
-        return metrics
+        metrics = self.fit(reward, preferences, rng, extra_gradient=pseudo_gradient)
+        steps = metrics["reward/steps"] * len(batches)
+        return metrics | {"surf/confident": float(torch.stack(shares).sum() / steps)}
 
     def _draw_unlabelled(self, session: Session, labels: int, length: int) -> None:
         count = min(self.unlabelled_per_label * labels, self.unlabelled_kept)
@@ -106,10 +121,9 @@ class Surf(Updater):
         self.unlabelled = sides[0][-self.unlabelled_kept :], sides[1][-self.unlabelled_kept :]
 
     def _pseudo_labels(
-        self, reward: RewardEnsemble, member: int, labelled: int, length: int, rng: np.random.Generator
+        self, reward: RewardEnsemble, member: int, index: np.ndarray, length: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         assert self.unlabelled is not None
-        index = rng.integers(len(self.unlabelled[0]), size=self.unlabelled_ratio * labelled)
         first, second = (
             reward.member(member, side.obs[index].to(reward.device), side.actions[index].to(reward.device))
             for side in self.unlabelled
