@@ -81,7 +81,7 @@ def train_epochs(
     max_steps: int | None = None,
     stop_over: str = "epoch",
 ) -> dict[str, float]:
-    """B-Pref's training of a reward ensemble (REFERENCE: `train_reward`), each member on its own shuffled mini-batches.
+    """B-Pref's training of a reward ensemble (`train_reward` of its code), each member on its own shuffled batches.
 
     One optimiser step per mini-batch on the sum of the members' losses, taken in blocks of pairs that stay in the cache
     (1.3 times as fast at 128 pairs of 50 steps); stops after the first epoch in which the

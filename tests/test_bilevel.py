@@ -238,7 +238,7 @@ def test_trace_decay_forgets_earlier_scores(tiny):
 
 
 def test_the_covariance_form_is_the_implicit_term_when_its_assumptions_hold():
-    """Deterministic dynamics, no discount: MATH §3b against the solve. Branch probabilities enter by repetition."""
+    """No discount, no chance in the dynamics: docs/theory.md against the solve; branches repeated by probability."""
     mdp, phi = random_mdp(1, deterministic=True, gamma=1.0)
     theta, free = mdp.soft_optimal(phi), bilevel.leaves(phi)
     p, every = mdp.probabilities(theta), torch.arange(len(mdp.states))
@@ -269,7 +269,7 @@ def test_the_covariance_term_is_unbiased_on_two_branches():
 
 
 def test_the_win_rate_term_is_the_whole_hypergradient_of_the_win_rate():
-    """G_win(phi) = E_{τ ~ π*(phi)}[w(τ)] with w frozen, by autograd through the closed-form policy (MATH §3e)."""
+    """G_win(phi) = E_{τ ~ π*(phi)}[w(τ)] with w frozen, by autograd through the closed-form policy (docs/theory.md)."""
     mdp, phi = random_mdp(1, deterministic=True, gamma=1.0)
     free = bilevel.leaves(phi)
     now = mdp.probabilities(mdp.soft_optimal(phi)).detach()

@@ -1,7 +1,7 @@
 """Claim (vii): what following the exact hypergradient does to the true return, on an enumerated 5×5 grid world.
 
 Deterministic moves, no discount, a reward per cell: the soft-optimal policy draws a trajectory from its start cell with
-probability proportional to exp(R_phi / alpha), so policy, objective and gradients are closed forms (MATH §3b, §3e).
+probability proportional to exp(R_phi / alpha), so policy, objective and gradients are closed forms (docs/theory.md).
 Trajectories that visit the same cells equally often have the same return under every reward and are counted together.
 """
 
