@@ -104,16 +104,18 @@ class FusedAdam:
 class Trace(NamedTuple):
     """What a forward pass leaves for its derivative, for each step; None where there is nothing to keep."""
 
-    values: list[Tensor | None]  # of a product its input, of ReLU its output, of LayerNorm its normalised input
+    values: list[Tensor | None]  # of a product and of LayerNorm its input, of ReLU its output
     weights: list[Tensor | None]  # of a product its weight, as multiplied
-    rates: list[Tensor | None]  # of LayerNorm each row's 1/deviation
+    means: list[Tensor | None]  # of LayerNorm each row's mean
+    rates: list[Tensor | None]  # and 1/deviation
 
     def rows(self, rows: Tensor | slice) -> Trace:
         """The trace of some rows."""
-        values, rates = (
-            [None if one is None else one[..., rows, :] for one in kind] for kind in (self.values, self.rates)
+        values, means, rates = (
+            [None if one is None else one[..., rows, :] for one in kind]
+            for kind in (self.values, self.means, self.rates)
         )
-        return Trace(values, self.weights, rates)
+        return Trace(values, self.weights, means, rates)
 
 
 class Step(NamedTuple):
@@ -170,16 +172,17 @@ class Perceptrons:
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Trace]:
         """The last layer's values, [(n,) B, heads], for inputs [B, ·], and what the derivative needs."""
-        trace, kept = Trace([], [], []), []
+        trace, kept = Trace([], [], [], []), []
         x = inputs.expand(self.count, *inputs.shape) if self.count > 1 else inputs
         for i, step in enumerate(self.steps):
-            value, weight, rate = None, None, None
+            value, weight, mean, rate = None, None, None, None
             if step.kind == "product":
                 x, value, weight = self._product(i, x)
             elif step.kind == "relu":
                 x = value = x.relu_()
             elif step.kind == "norm":
-                x, value, rate = self._norm(step, x.to(self.wide))
+                value = x.to(self.wide)
+                x, mean, rate = self._norm(step, value)
             elif step.kind == "keep":
                 x = x.to(self.wide)
                 kept.append(x)
@@ -187,6 +190,7 @@ class Perceptrons:
                 x = kept.pop() + x.to(self.wide)
             trace.values.append(value)
             trace.weights.append(weight)
+            trace.means.append(mean)
             trace.rates.append(rate)
         return x, trace
 
@@ -201,13 +205,33 @@ class Perceptrons:
             return torch.baddbmm(bias.unsqueeze(1), x, weight.mT), x, weight
         return linear(x, weight, bias), x, weight
 
-    def _norm(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm: its output, its normalised input and 1/deviation of each row [(n,) B, 1]."""
-        weight, bias = (self._joined(step, name).unsqueeze(-2) for name in ("weight", "bias"))
-        variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
-        rate = torch.rsqrt(variance + step.modules[0][0].eps)
-        unit = (x - mean) * rate
-        return unit * weight + bias, unit, rate
+    def _norm(self, step: Step, x: Tensor) -> Sequence[Tensor]:
+        """LayerNorm: its output, and the mean and 1/deviation of each row, [(n,) B, 1]."""
+        every = zip(self._each(x), [heads[0] for heads in step.modules], strict=True)
+        return self._side_by_side(
+            torch.native_layer_norm(one, one.shape[-1:], norm.weight, norm.bias, norm.eps) for one, norm in every
+        )
+
+    def _through_norm(self, trace: Trace, i: int, grad: Tensor, params: bool) -> Sequence[Tensor]:
+        """The loss's gradient before a LayerNorm, and by its weight and bias if `params`."""
+        given = [self._each(kind[i]) for kind in (trace.values, trace.means, trace.rates)]
+        every = zip(self._each(grad.to(self.wide)), *given, [heads[0] for heads in self.steps[i].modules], strict=True)
+        mask = [True, params, params]
+        return self._side_by_side(
+            torch.ops.aten.native_layer_norm_backward(
+                one.contiguous(), x, x.shape[-1:], mean, rate, norm.weight, norm.bias, mask
+            )[: 3 if params else 1]
+            for one, x, mean, rate, norm in every
+        )
+
+    def _each(self, values: Tensor | None) -> Sequence[Tensor]:
+        """What belongs to each network."""
+        assert values is not None
+        return values.unbind() if self.count > 1 else [values]
+
+    def _side_by_side(self, found: Iterable[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Several values of each network, as several of all networks."""
+        return [torch.stack(one) if self.count > 1 else one[0] for one in zip(*found, strict=True)]
 
     def _joined(self, step: Step, name: str) -> Tensor:
         """Weight [(n,) out, in] or bias [(n,) out] of a step: heads one below the other, networks side by side."""
@@ -230,10 +254,10 @@ class Perceptrons:
                 else:
                     by_weight = (grad.mT @ value).to(self.wide)
                 grads = self._apart(by_weight, grad.sum(-2, dtype=self.wide), heads=i == last) + grads
-            elif kind == "norm":
-                assert value is not None
-                grads = self._apart((grad.to(self.wide) * value).sum(-2), grad.sum(-2, dtype=self.wide)) + grads
-            if i:
+            if kind == "norm":
+                grad, by_weight, by_bias = self._through_norm(trace, i, grad, params=True)
+                grads = self._apart(by_weight, by_bias) + grads
+            elif i:
                 grad = self._through(trace, i, grad, kept)
         return grads
 
@@ -261,10 +285,7 @@ class Perceptrons:
             return masked(grad, value, 0)
         grad = grad.to(self.wide)
         if kind == "norm":
-            rate = trace.rates[i]
-            assert value is not None and rate is not None
-            grad = grad * self._joined(self.steps[i], "weight").unsqueeze(-2)
-            return rate * (grad - grad.mean(-1, keepdim=True) - value * (grad * value).mean(-1, keepdim=True))
+            return self._through_norm(trace, i, grad, params=False)[0]
         if kind == "add":
             kept.append(grad)
             return grad
