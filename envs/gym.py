@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control import Continuous_MountainCarEnv, PendulumEnv
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,29 +25,39 @@ class GymEnv(SimulatorEnv):
     between steps is not known here, so their `state_size` is 0.
 
     Args:
-        id: such as "Pendulum-v1".
+        id: such as "Pendulum-v1"; with a module that registers it when it is imported, "my_env:MyEnv-v0".
         horizon: environment steps per episode; None: as registered.
         seed: first seed; see SimulatorEnv.
     """
 
     def __init__(self, id: str, horizon: int | None = None, seed: int | None = None) -> None:
-        spec = gymnasium.registry.get(id)
+        module, _, name = id.rpartition(":")
+        if module:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"id={id}: {error}; expected a module in this folder or installed") from error
+        spec = gymnasium.registry.get(name)
         if spec is None:
             listing = "python -c 'import gymnasium; gymnasium.pprint_registry()'"
-            raise unknown_name("gymnasium id", id, gymnasium.registry, listing)
+            raise unknown_name("gymnasium id", name, gymnasium.registry, listing)
         horizon = spec.max_episode_steps if horizon is None else horizon
         if horizon is None:
-            raise ValueError(f"{id} is registered without a time limit; give one, such as env.horizon=1000")
+            raise ValueError(f"id={id} is registered without a time limit; give one, such as env.horizon=1000")
         mujoco_based = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
         if mujoco_based:
             import_mujoco()
         # -1: without gymnasium's TimeLimit, since SimulatorEnv counts the steps
-        self._env = gymnasium.make(id, max_episode_steps=-1, disable_env_checker=True, render_mode="rgb_array")
+        try:
+            self._env = gymnasium.make(name, max_episode_steps=-1, disable_env_checker=True, **_drawing(spec))
+        except gymnasium.error.Error as error:  # a simulator that is not installed, say
+            raise ValueError(f"id={id}: {error}") from error
         obs, actions = self._env.observation_space, self._env.action_space
         if not isinstance(obs, Box) or len(obs.shape) != 1:
-            raise ValueError(f"{id} observes {obs}; expected a Box with one axis")
+            what = "images" if isinstance(obs, Box) and len(obs.shape) == 3 else str(obs)
+            raise ValueError(f"id={id}: it observes {what}; expected a Box with one axis")
         if not isinstance(actions, Box) or len(actions.shape) != 1 or not actions.is_bounded():
-            raise ValueError(f"{id} has actions in {actions}; expected a bounded Box with one axis")
+            raise ValueError(f"id={id}: it acts in {actions}; expected continuous actions: a bounded Box with one axis")
         self._low, self._scale = actions.low.astype(np.float64), (actions.high - actions.low) / 2.0
         self._action_dtype = actions.dtype
         inner: Any = self._env.unwrapped
@@ -95,6 +107,14 @@ class GymEnv(SimulatorEnv):
         if self._camera is not None:
             self._camera.close()
         self._env.close()
+
+
+def _drawing(spec: Any) -> dict[str, str]:
+    """The render mode, unless it is an environment of one's own that names none: its constructor may take no such."""
+    made_by = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    modes = getattr(made_by, "metadata", {}).get("render_modes", ())
+    own = not str(spec.entry_point).startswith("gymnasium.")
+    return {} if own and "rgb_array" not in modes else {"render_mode": "rgb_array"}
 
 
 class _ClassicState:

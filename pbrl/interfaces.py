@@ -14,6 +14,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box
+from PIL import Image
 
 from pbrl.preferences import Preferences
 from pbrl.queries import QueryRule
@@ -44,6 +46,10 @@ class Updater(ABC):
     def between(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Between sessions, while questions are left (MRN's meta-step); the replay is then paid anew."""
         return {}
+
+    def own_steps(self, pairs: int, horizon: int) -> int:
+        """Environment steps that `update` takes at most after a session of so many pairs; a run plans for them."""
+        return 0
 
     def start(self, session: Session) -> None:
         """Before the first step of a run, not when it is resumed."""
@@ -101,14 +107,53 @@ class WrappedRule(Wrapped, QueryRule):
 
 
 class PlainEnvironment(gym.Wrapper):
-    """A gymnasium environment that cannot store its simulator's state."""
+    """A gymnasium environment as the agent wants it: float32 observations, actions in [-1, 1], its time limit.
+
+    Its simulator's state cannot be stored.
+
+    Raises:
+        TypeError: if it is no gymnasium environment. ValueError: for spaces other than vectors.
+    """
 
     state_size = 0
 
     def __init__(self, env: gym.Env) -> None:
+        if not isinstance(env, gym.Env):
+            raise TypeError(f"{name_of(env)} is not an environment; expected a subclass of gymnasium.Env")
         super().__init__(env)
+        observed, actions = check_spaces(env)
+        self.observation_space = Box(-np.inf, np.inf, observed.shape, np.float32)
+        self.action_space = Box(-1.0, 1.0, actions.shape, np.float32)
+        self._low, self._scale = actions.low.astype(np.float64), (actions.high - actions.low) / 2.0
+        self._dtype, self._elapsed = actions.dtype, 0
         limit = None if env.spec is None else env.spec.max_episode_steps
         self.horizon: int | None = getattr(env.unwrapped, "horizon", limit)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._elapsed = 0
+        return np.asarray(observation, np.float32), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        scaled = (self._low + (np.asarray(action, np.float64) + 1.0) * self._scale).astype(self._dtype)
+        observation, reward, terminated, truncated, info = self.env.step(scaled)
+        self._elapsed += 1
+        over = self.horizon is not None and self._elapsed >= self.horizon
+        return np.asarray(observation, np.float32), float(reward), bool(terminated), bool(truncated) or over, info
+
+    def render(self, width: int = 256, height: int = 256) -> np.ndarray:
+        """Its own picture, uint8 [height, width, 3].
+
+        Raises:
+            RuntimeError: if it draws none.
+        """
+        try:
+            frame: Any = self.env.render()
+        except NotImplementedError:
+            frame = None
+        if not isinstance(frame, np.ndarray):
+            raise RuntimeError(f"{name_of(self.env)} draws no pictures; give it render_mode='rgb_array'")
+        return np.asarray(Image.fromarray(frame).resize((width, height)))
 
     def get_state(self) -> np.ndarray:
         """Nothing: float64 [0]."""
@@ -116,6 +161,23 @@ class PlainEnvironment(gym.Wrapper):
 
     def set_state(self, state: np.ndarray) -> np.ndarray:
         raise NotImplementedError(f"{self} cannot restore simulator states (state_size is 0)")
+
+
+def check_spaces(env: gym.Env) -> tuple[Box, Box]:
+    """The spaces of observations and actions, which must be vectors, the latter bounded.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    observed, actions, name = env.observation_space, env.action_space, name_of(env.unwrapped)
+    if not isinstance(observed, Box) or len(observed.shape) != 1:
+        what = "images" if isinstance(observed, Box) and len(observed.shape) == 3 else str(observed)
+        raise ValueError(
+            f"{name} observes {what}; expected a Box with one axis (gymnasium.wrappers.FlattenObservation makes one)"
+        )
+    if not isinstance(actions, Box) or len(actions.shape) != 1 or not actions.is_bounded():
+        raise ValueError(f"{name} acts in {actions}; expected continuous actions: a bounded Box with one axis")
+    return observed, actions
 
 
 def as_updater(thing: Any) -> Updater:
@@ -164,6 +226,8 @@ def as_rule(thing: Any) -> QueryRule:
 def as_environment(thing: Any) -> Environment:
     """The environment itself, or a plain gymnasium one that says it cannot store its state."""
     complete = all(hasattr(thing, name) for name in ("state_size", "horizon", "get_state", "set_state"))
+    if complete:
+        check_spaces(thing)
     environment: Any = thing if complete else PlainEnvironment(thing)
     return environment
 

@@ -60,6 +60,7 @@ class Loop:
     pending: Query | None = field(default=None, init=False)  # selected, not yet answered
     sessions: int = field(default=0, init=False)  # finished or begun
     pretrained: bool = field(default=False, init=False)
+    ended: bool = field(default=False, init=False)  # by a callback, before total_steps
 
     def __post_init__(self) -> None:
         parts, agent, total, length = self.parts, self.parts.agent, self.total_steps, self.segment_length
@@ -72,6 +73,7 @@ class Loop:
         self.diary = Diary(parts, self.run_dir, total, length, self.feedback, self.evaluation, self.oracle, health_rng)
         self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest, self.pretraining.bounded)
         self.asks = parts.asks
+        self.session.watch = self.diary.advance
         pretraining_ends = agent.learning_starts + self.pretraining.steps
         start = pretraining_ends if self.feedback.start is None else self.feedback.start
         self.due = Due(feedback=start, checkpoint=self.checkpoint_every, log=self.log_every)
@@ -108,11 +110,13 @@ class Loop:
                 resumed = self.pending is not None  # in the middle of a session: that one first
                 if self.step >= self.due.eval and not resumed:
                     self._evaluate()
-                if self.step >= self.total_steps and not resumed:
+                if (self.step >= self.total_steps or self.ended) and not resumed:
+                    if self.due.evaluated != self.step:  # a callback's end, or a finished run that was made longer
+                        self._evaluate()
                     if self.due.log < self.step + self.log_every:  # else a finished run was resumed
                         self._log_training()
                     break
-                if self.asks and self.step >= self.due.feedback:
+                if resumed or self.step >= self._next_session():
                     self._feedback_session()
                 if self.step >= self.due.between:
                     self._between_sessions()
@@ -135,14 +139,23 @@ class Loop:
 
     def _act(self) -> None:
         self.agent.replay_buffer.hybrid = bool(self.questions.left)
-        until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps)
+        until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps, self._next_session())
         if self.asks:
-            until = min(until, self.due.feedback, self.due.between)
-        while self.step < until and not self.stop():
+            until = min(until, self.due.between)
+        while self.step < until and not self.stop() and not self.ended:
             self.agent.collect(min(CHUNK, until - self.step), callback=self.callback, stop=self.stop)
+            self.ended = self.agent.told_to_stop
             self.diary.advance()
         if self.stop():
             self._save_and_stop()
+
+    def _next_session(self) -> int:
+        """Environment step of the next session; NEVER if what it takes does not fit into total_steps any more."""
+        due = self.due.feedback
+        if not self.asks or due >= self.total_steps:
+            return NEVER
+        needed = self.questions.steps(self.questions.count(due), first=self.sessions == 0)
+        return due if due + needed <= self.total_steps else NEVER
 
     def _feedback_session(self) -> None:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
@@ -228,6 +241,7 @@ class Loop:
     def _evaluate(self) -> None:
         following = self.step + self.evaluation.every
         self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
+        self.due.evaluated = self.step
         self.diary.evaluate(learned=self.asks and self.sessions > 0)
 
     def _log_training(self) -> None:

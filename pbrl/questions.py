@@ -41,6 +41,33 @@ class Questions:
         """Pairs that the budget still allows."""
         return max(self.feedback.budget - self.parts.preferences.asked, 0)
 
+    def count(self, step: int) -> int:
+        """Pairs of a session at this environment step."""
+        return max(self.feedback.count(step, self.total_steps, self.parts.preferences.asked), 0)
+
+    def steps(self, count: int, first: bool) -> int:
+        """Environment steps that a session of so many pairs takes at most: fresh ones, branches, the updater's own."""
+        updater, fresh = self.parts.updater, self.feedback.fresh_steps
+        steps = 2 * round(self.parts.query.branch_share * count) * (self.segment_length + 2 * updater.margin)
+        if updater.pairs == "fresh" and not first and count:
+            steps += 2 * count * self.segment_length if fresh is None else fresh
+            steps += updater.own_steps(count, self.segment_length)
+        return steps
+
+    def plan(self, start: int) -> list[tuple[int, int]]:
+        """Environment step and pairs of each session that fits into the run, the first one due at `start`."""
+        sessions: list[tuple[int, int]] = []
+        due, asked = start, self.parts.preferences.asked
+        while asked < self.feedback.budget and due < self.total_steps:
+            count = self.feedback.count(due, self.total_steps, asked)
+            steps = self.steps(count, first=not sessions)
+            if due + steps > self.total_steps:
+                break
+            sessions.append((due, count))
+            asked += count
+            due = max(due + self.feedback.every, due + steps)
+        return sessions
+
     def select(self, first: bool) -> Query:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
 

@@ -121,3 +121,4 @@ class Due:
     log: int
     between: int = NEVER
     eval: int = 0
+    evaluated: int = -1  # the step of the last evaluation; -1: none yet

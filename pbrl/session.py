@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
 from pbrl.rollouts import Rollouts
 from pbrl.types import Moments, Params, Query, Segments
+
+WATCHED = 100  # environment steps between two calls of `watch`
 
 
 class AgentSession:
@@ -26,6 +30,7 @@ class AgentSession:
         self.agent, self.rng = agent, rng
         self.rollouts: Rollouts = agent.rollouts
         self.policy = AgentView(agent)
+        self.watch: Callable[[], None] = lambda: None  # is called now and then while steps are taken
         self.fresh_from = 0  # index of the first step of this session's fresh rollouts
         self.fresh_to = 0
 
@@ -40,8 +45,13 @@ class AgentSession:
     def collect_fresh(self, steps: int) -> None:
         """Roll the present policy out for `steps` steps, without learning: this session's fresh segments."""
         self.fresh_from = self.rollouts.total
-        self.agent.collect(steps, updates=0)
+        self._collect(steps)
         self.fresh_to = self.rollouts.total
+
+    def _collect(self, steps: int) -> None:
+        for first in range(0, steps, WATCHED):
+            self.agent.collect(min(WATCHED, steps - first), updates=0)
+            self.watch()
 
     def fresh(self) -> list[Segments]:
         return self.rollouts.episodes_between(self.fresh_from, self.fresh_to)
@@ -53,7 +63,7 @@ class AgentSession:
         start = self.rollouts.total
         self.rollouts.interrupt()
         with self.agent.acting_with(theta):
-            self.agent.collect(steps, updates=0)
+            self._collect(steps)
         self.rollouts.interrupt()
         return self.rollouts.episodes_between(start, self.rollouts.total)
 
@@ -89,6 +99,7 @@ class AgentSession:
         first = self.rollouts.total
         if not self.agent.branch(state, horizon):
             raise ValueError(f"a branch of {horizon} steps terminated early; branches need episodes that do not")
+        self.watch()
         return first
 
     def transitions(self, count: int, rng: np.random.Generator | None = None) -> dict[str, Tensor]:

@@ -346,8 +346,8 @@ def test_rings_smaller_than_a_session_and_than_the_checkpoints_distance_are_writ
 
 
 def test_a_run_killed_inside_its_first_save_starts_again(tmp_path: Path) -> None:
-    reference = finish(made(tmp_path / "a", "total_steps=100"))
-    loop = made(tmp_path / "b", "total_steps=100")
+    reference = finish(made(tmp_path / "a", "total_steps=140"))
+    loop = made(tmp_path / "b", "total_steps=140")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_checkpoint, "_write_manifest", raising(stored_checkpoint._write_manifest, Crash()))
         with pytest.raises(Crash):
@@ -366,13 +366,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_later_end_is_remembered_by_the_next_resume(tmp_path: Path) -> None:
-    run = finish(made(tmp_path / "a", "total_steps=100"))
-    loop = made(run, "total_steps=150", resume=True)
-    loop.stop = lambda: loop.step >= 120
+    run = finish(made(tmp_path / "a", "total_steps=140"))
+    loop = made(run, "total_steps=170", resume=True)
+    loop.stop = lambda: loop.step >= 150
     with pytest.raises(Stopped):
         loop.run()
     loop.close(False)
-    assert metrics(finish(made(run, resume=True)))[-1]["env_step"] == 150
+    assert metrics(finish(made(run, resume=True)))[-1]["env_step"] == 170
 
 
 def test_stopping_twice_at_one_step_before_any_row_is_logged_keeps_the_log_whole(tmp_path: Path) -> None:
@@ -391,8 +391,8 @@ def test_stopping_twice_at_one_step_before_any_row_is_logged_keeps_the_log_whole
 
 
 def test_a_run_stopped_before_its_first_step_resumes_exactly(tmp_path: Path) -> None:
-    reference = finish(made(tmp_path / "a", "total_steps=100"))
-    loop = made(tmp_path / "b", "total_steps=100")
+    reference = finish(made(tmp_path / "a", "total_steps=140"))
+    loop = made(tmp_path / "b", "total_steps=140")
     loop.stop = lambda: True
     with pytest.raises(Stopped):
         loop.run()

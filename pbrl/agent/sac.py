@@ -43,6 +43,20 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
 
 
+class _Heard:
+    """Passes everything on to a callback; its wish to stop waits until the step it saw is stored (SB3 drops it)."""
+
+    def __init__(self, callback: BaseCallback) -> None:
+        self._callback, self.stops = callback, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def on_step(self) -> bool:
+        self.stops |= not self._callback.on_step()
+        return True
+
+
 class PreferenceSAC(SAC):
     """SAC whose reward is a function of observation and action, learned elsewhere.
 
@@ -78,6 +92,7 @@ class PreferenceSAC(SAC):
         self.compiles = compiles
         self.relabel_updates, self.reset_above = relabel_updates, reset_above
         self._branching = False
+        self.told_to_stop = False  # by a callback, in the last `collect`
         self.seen: RunningMeanStd | None = None  # observations, if actor and critics see them standardised
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
         super().__init__(policy, env, **kwargs)
@@ -134,32 +149,35 @@ class PreferenceSAC(SAC):
         """Act for `steps` environment steps, with `updates` gradient steps after each (once past `learning_starts`).
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
-        before each step.
+        before each step. A callback that asks for the end ends it after the step that it saw, which is kept and learned
+        from; `told_to_stop` says so.
 
         Returns:
             How many steps were taken.
         """
         _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
         prepared.on_training_start(locals(), globals())
-        taken = 0
+        taken, heard = 0, _Heard(prepared)
         for _ in range(steps):
-            if stop() or not self._step(prepared):
+            if stop() or heard.stops:
                 break
+            self._step(heard)
             taken += 1
             if updates and self.num_timesteps > self.learning_starts:
                 self.train(updates, self.batch_size)
         prepared.on_training_end()
+        self.told_to_stop = heard.stops
         return taken
 
-    def _step(self, callback: BaseCallback) -> bool:
+    def _step(self, callback: _Heard) -> None:
         assert self.env is not None
-        return self.collect_rollouts(
+        self.collect_rollouts(
             self.env,
-            callback,
+            callback,  # type: ignore[arg-type]
             self.train_freq,  # type: ignore[arg-type]
             self.replay_buffer,
             learning_starts=self.learning_starts,
-        ).continue_training
+        )
 
     @torch.no_grad()
     def _sample_action(

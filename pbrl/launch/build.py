@@ -63,6 +63,7 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
     parts_of = _Builder(cfg, choices, run_dir)
     loop = parts_of.loop()
     if resume is None:
+        planned = plan_in_words(loop)
         _refuse(lambda: _write_origin(run_dir, cfg, choices, overrides))
     else:
         _compare_versions(run_dir)
@@ -71,6 +72,9 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         except CheckpointError:
             loop.release()
             raise
+        if cfg.total_steps < loop.step and cfg.total_steps != stored.total_steps:
+            loop.release()
+            raise ConfigError(f"total_steps={cfg.total_steps}: this run has done {loop.step}; give at least that many")
         _compare_configs(run_dir)
         if cfg != stored:  # `resume=RUN total_steps=…`: the next `resume=RUN` goes on to there as well
             _refuse(lambda: _write_config(run_dir, cfg, choices))
@@ -79,6 +83,8 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         f"seed {cfg.seed} · {_device_in_words(cfg.device, loop.agent.device)}, {torch.get_num_threads()} thread(s) · "
         f"{run_dir}" + (f" · resumed at step {loop.step}" if resume else "")
     )
+    if resume is None and planned:
+        print(planned)
     return loop
 
 
@@ -86,6 +92,35 @@ def _teacher(loop: Loop, choices: dict[str, str]) -> str:
     if not loop.asks:
         return "none (the task's reward)"
     return choices.get("teacher", name_of(loop.parts.teacher))
+
+
+def plan_in_words(loop: Loop) -> str:
+    """What will be asked and when; empty for an updater that asks nobody.
+
+    Raises:
+        ConfigError: if nothing would be asked before the run ends: its agent would learn from no reward.
+    """
+    if not loop.asks:
+        return ""
+    feedback, start, total = loop.feedback, loop.due.feedback, loop.total_steps
+    sessions = loop.questions.plan(start)
+    if not sessions and loop.questions.left:
+        loop.release()
+        why = "feedback.start" if feedback.start is not None else "agent.learning_starts + pretraining.steps"
+        raise ConfigError(
+            f"total_steps={total}: no question would be asked, as the first session is due at step {start} ({why}) and "
+            f"takes {loop.questions.steps(loop.questions.count(start), True)} steps; raise total_steps or ask earlier"
+        )
+    pairs = sum(count for _, count in sessions)
+    if not sessions:
+        return f"questions: none; import_preferences has used up feedback.budget={feedback.budget}"
+    when = f"in {len(sessions)} session(s), steps {sessions[0][0]} to {sessions[-1][0]}"
+    if pairs == loop.questions.left:
+        return f"questions: {pairs} {when}"
+    return (
+        f"questions: {pairs} of feedback.budget={feedback.budget} {when}: total_steps={total} leaves no room for more; "
+        "raise it, or lower feedback.every or feedback.fresh_steps"
+    )
 
 
 def _device_in_words(asked: str, got: Any) -> str:

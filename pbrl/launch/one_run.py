@@ -99,14 +99,16 @@ def _close(loop: Any, complete: bool) -> None:
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
     """The closing lines: numbers and paths."""
     shown = {
-        "true return": "eval/return",
         "success": "eval/success",
         "share of the oracle's return": "eval/normalized_return",
         "labels": "feedback/labels",
-        "held-out accuracy": "reward/holdout_accuracy",
+        "right on random recent pairs": "reward/recent_accuracy",
+        "right on the pairs asked about": "reward/holdout_accuracy",
         "seconds": "time/wall",
     }
-    print(f"\nfinished at step {summary['env_step']}")
+    early = summary["env_step"] < summary["total_steps"]
+    print(f"\n{'stopped by a callback' if early else 'finished'} at step {summary['env_step']}")
+    print(f"  {'true return':30} {summary['eval/return']:.4g} (of the mean policy, at step {summary['eval_step']})")
     for name, key in shown.items():
         if summary.get(key) is not None:
             print(f"  {name:30} {summary[key]:.4g}")

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from pbrl.files import write_atomically
 from pbrl.parts import Parts
-from pbrl.records.evaluation import PAIR_COLUMNS, OracleCurve, evaluate, over_optimisation, pair_rows, rank_correlation
+from pbrl.records.evaluation import (
+    PAIR_COLUMNS,
+    OracleCurve,
+    evaluate,
+    over_optimisation,
+    pair_accuracy,
+    pair_rows,
+    rank_correlation,
+)
 from pbrl.records.loggers import plain
 from pbrl.records.videos import film_pairs, film_states
 from pbrl.schedule import Evaluation, Feedback
@@ -25,13 +33,12 @@ FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
 LARGE_GAP = 1.0  # of reward/gap, in standard deviations of a step's reward
-SHOWN = {  # on the console, of a session
-    "held-out accuracy": "reward/holdout_accuracy",
-    "training accuracy": "reward/accuracy",
-    "rank correlation": "reward/rank_correlation",
-    "teacher's error": "teacher/error_rate",
-    "skip": "teacher/skip_rate",
-    "tie": "teacher/equal_rate",
+SHOWN = {  # on the console, of a session; the teacher's where there are any
+    "right on random pairs": "reward/recent_accuracy",
+    "on asked ones": "reward/holdout_accuracy",
+    "wrong answers": "teacher/error_rate",
+    "skipped": "teacher/skip_rate",
+    "ties": "teacher/equal_rate",
 }
 
 
@@ -101,6 +108,7 @@ class Diary:
         if learned:
             metrics |= self._over_optimisation()
         success = f"success {metrics['eval/success']:.0%}" if "eval/success" in metrics else ""
+        self.last["eval_step"] = self.step
         returns = f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}"
         self.log(metrics, returns, success, _told(metrics.get("reward/gap", float("nan"))))
         if states is not None:
@@ -112,7 +120,11 @@ class Diary:
         metrics = metrics | self._counts(sessions) | self._health() | teacher.metrics()
         if raters := teacher.raters():
             self.parts.preferences.about["raters"] = raters
-        values = [f"{name} {_short(metrics[key])}" for name, key in SHOWN.items() if metrics.get(key) is not None]
+        values = [
+            f"{name} {_share(metrics[key])}"
+            for name, key in SHOWN.items()
+            if metrics.get(key) is not None and (metrics[key] or not key.startswith("teacher/"))
+        ]
         self.log(metrics, f"session {sessions}  labels {self._labels}", *values)
 
         self._show_steps()
@@ -154,7 +166,7 @@ class Diary:
         self.last |= {key: plain(value) for key, value in row.items()}
         self.bar.set_postfix({"return": _short(self.last.get("eval/return")), "labels": self._labels}, refresh=False)
         if lines:
-            self.bar.write(f"step {self.step:>8}  " + "  ".join(lines))
+            self.bar.write(f"step {self.step:>7}  " + "  ".join(line for line in lines if line))
 
     def _tell(self, row: dict[str, Any]) -> None:
         """Let the teacher hear a row, and how much of the run and of the budget is over."""
@@ -199,6 +211,7 @@ class Diary:
         if len(rollouts.starts(length, recent)):
             pairs = rollouts.query(HEALTH_PAIRS, length, self.rng, recent)
             metrics["reward/rank_correlation"] = rank_correlation(self.parts.reward, pairs)
+            metrics["reward/recent_accuracy"] = pair_accuracy(self.parts.reward, pairs)
         return metrics | self._over_optimisation()
 
     def _over_optimisation(self) -> dict[str, float]:
@@ -222,6 +235,10 @@ def _told(gap: float) -> str:
     if not gap > LARGE_GAP:  # NaN too
         return ""
     return f"gap {gap:.1f}: by the learned reward the policy looks better than it is (docs/agent.md)"
+
+
+def _share(value: float) -> str:
+    return "–" if not math.isfinite(value) else f"{value:.0%}"
 
 
 def _short(value: Any) -> str:

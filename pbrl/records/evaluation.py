@@ -95,6 +95,9 @@ def _evaluations(run: Path) -> list[tuple[float, float]]:
 def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[str, float]:
     """How well the reward predicts answers it has not been trained on yet: call before they are added.
 
+    A query rule that asks where the reward is unsure (disagreement, entropy) picks the hardest pairs: an accuracy near
+    0.5 on them is what it is for. How good the reward is says `pair_accuracy`.
+
     Returns:
         reward/holdout_accuracy (of decided answers), reward/calibration_error (of given answers); NaN without any.
     """
@@ -162,6 +165,15 @@ def pair_rows(reward: RewardEnsemble, query: Query, answer: Answer, session: int
         for label, given in zip(labels, answer.given.tolist(), strict=True)
     ]
     return [[session, *true[i], learned[0][i], learned[1][i], answers[i]] for i in range(len(query))]
+
+
+def pair_accuracy(reward: RewardEnsemble, query: Query) -> float:
+    """Share of the pairs that the learned reward orders as the task does, in [0, 1]; NaN if all are equally good."""
+    true = query.task_rewards.sum(dim=2)
+    logits = reward.preference_logits(query.first, query.second).mean(dim=0)
+    labels = torch.where(true[:, 0] == true[:, 1], 0.5, (true[:, 0] > true[:, 1]).float())
+    hits, decided = correct(logits, labels)
+    return float(hits / decided) if decided else float("nan")
 
 
 def rank_correlation(reward: RewardEnsemble, query: Query) -> float:

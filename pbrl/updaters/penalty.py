@@ -91,6 +91,10 @@ class Penalty(Updater):
         if self.reference == "initial":
             self.reference_policy = copied(session.policy.parameters())
 
+    def own_steps(self, pairs: int, horizon: int) -> int:
+        """Those of the second actors."""
+        return self.walk.rollout_steps if self.first_sigma else 0
+
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`penalty/…`)."""
         if self.reference == "pretrained" and self.reference_policy is None:
