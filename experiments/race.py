@@ -150,7 +150,7 @@ class Race:
     def write_curves(self) -> None:
         """Every evaluation of every run, those of the dropped included."""
         rows = []
-        for folder in sorted((self.folder / "runs").glob("*/*-s*")):
+        for folder in sorted(path for path in (self.folder / "runs").glob("*/*-s*") if path.is_dir()):  # logs beside
             candidate, _, seed = folder.name.rpartition("-s")
             run = Run(folder.parent.name, candidate, int(seed))
             for row in self.evaluations(run, 2**62):

@@ -36,6 +36,7 @@ class Pretending:
             self.asked.append((run, steps))
             folder = self.race.run_dir(run)
             folder.mkdir(parents=True, exist_ok=True)
+            Path(f"{folder}.log").touch()  # as a real run's
             scale = 100 if run.signal == "true" else 1  # a signal with large returns counts no more than the other
             worth = self.worth[run.candidate] if run.signal == "true" else 5 - self.worth[run.candidate] / 2
             rows = [{"env_step": at, "eval/return": scale * worth} for at in range(0, steps + 1, 10)]
