@@ -61,6 +61,11 @@ def test_a_ridge_shrinks_and_shapes_are_checked():
     free, held = (linear_values(eye, 0.5 * eye, torch.ones(3), 1.0, ridge) for ridge in (0.0, 1.0))
     torch.testing.assert_close(free, torch.full((3,), 2.0, dtype=torch.float64))
     assert (held < free).all()
+    rng = torch.Generator().manual_seed(0)
+    dead_saturated_one = torch.tensor([0.0, 3.0, 1.0]).expand(50, 3)
+    psi, following = (torch.cat([torch.randn(50, 2, generator=rng), dead_saturated_one], 1) for _ in range(2))
+    weights = adjoint_weights(psi, following, torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), 0.99, ridge=1.0)
+    assert abs(float(weights.sum())) < 1e-10 < float(weights.abs().sum())  # a constant reward changes nothing
     with pytest.raises(ValueError, match="features"):
         linear_values(eye, eye[:2], torch.ones(3), 0.9)
     with pytest.raises(ValueError, match="target"):

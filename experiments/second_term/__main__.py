@@ -1,4 +1,8 @@
-"""`python -m experiments.second_term exact`, `sampled` or `robot RUN`: the CSVs behind docs/second-term.md."""
+"""`python -m experiments.second_term WHAT`: the CSVs behind docs/second-term.md, and its tables from them.
+
+exact: estimators against central differences; sampled: against the truth by size; robot RUN: on a run's rollouts;
+gate: how often it opens; table: the tables.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments.curves import write
-from experiments.second_term import robot, tabular
+from experiments.second_term import opening, robot, tables, tabular
 
 OUT = Path("experiments/results/second-term")
 ROBOT_COLUMNS = (
@@ -30,10 +34,19 @@ ROBOT_COLUMNS = (
 )
 
 
+def robot_tables() -> list[str]:
+    """One for each environment whose CSV is stored."""
+    return [tables.robot_table(OUT, path.stem) for path in sorted(OUT.glob("*-*.csv"))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.second_term", description=__doc__)
-    parser.add_argument("what", choices=["exact", "sampled", "robot"])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.second_term",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=["exact", "sampled", "robot", "gate", "table"])
     parser.add_argument("run", type=Path, nargs="?", help="robot: a run's folder with a checkpoint; it is copied first")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 16000], help="environment steps")
     parser.add_argument("--blocks", type=int, default=32, help="robot: thousands of steps to roll out")
@@ -46,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     columns: tuple[str, ...]
     torch.set_num_threads(1)
+    if chosen.what == "table":
+        print("\n\n".join([tables.exact_line(OUT), tables.gate_table(OUT), tables.sampled_table(OUT), *robot_tables()]))
+        return
     if chosen.what == "robot":
         if chosen.run is None or not (chosen.run / "checkpoints").is_dir():
             parser.error(f"robot needs a run's folder with a checkpoint; {chosen.run} is none")
@@ -54,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = robot.study(copy, chosen.sizes, chosen.blocks, chosen.most, chosen.estimators)
         columns, name = ROBOT_COLUMNS, f"{rows[0]['env']}.csv"
         rows = [{key: row.get(key, "") for key in columns} for row in rows]
+    elif chosen.what == "gate":
+        rows, name = opening.simulated(2000), "gate.csv"
+        columns = tuple(rows[0])
     elif chosen.what == "exact":
         rows, columns, name = tabular.exact(chosen.seeds), ("estimator", "seed", "relative_error"), "exact.csv"
     else:

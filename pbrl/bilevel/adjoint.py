@@ -22,7 +22,9 @@ def adjoint_weights(features: Tensor, following: Tensor, target: Tensor, discoun
         following: ψ' of the successors under the policy, or their expectation; 0 where an episode ended. float [B, D].
         target: Σ_i g_i ψ(s_i, a_i) for a function with ∂L/∂Q(s_i, a_i) = g_i: float [D].
         discount: per step; gamma times a decay in [0, 1) forgets late effects.
-        ridge: ≥ 0, in units of the features' mean square.
+        ridge: ≥ 0, in units of the features' mean square. A constant feature is free of it, like a regression's
+            intercept: without ends of episodes the weights then sum to 0 where the target's do (a constant reward
+            changes no difference of values), however large the ridge is.
 
     Returns:
         float64 [B].
@@ -94,4 +96,7 @@ def _system(features: Tensor, following: Tensor, discount: float, ridge: float) 
         raise ValueError(f"ridge={ridge}; expected at least 0")
     psi = features.double()
     matrix = psi.T @ (psi - discount * following.double()) / len(psi)
-    return matrix + ridge * psi.square().mean() * torch.eye(psi.shape[1], dtype=torch.float64, device=psi.device), psi
+    shrunk = torch.ones_like(psi[0])
+    constant = torch.nonzero((psi == psi[0]).all(0) & (psi[0] != 0))[-1:]  # one intercept; dead units are zeros
+    shrunk[constant] = 0.0
+    return matrix + ridge * psi.square().mean() * torch.diag(shrunk), psi

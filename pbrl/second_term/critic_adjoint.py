@@ -48,6 +48,7 @@ def critic_adjoint_estimate(
     rows: int,
     ridge: float,
     trace_decay: float,
+    center: bool,
     actions: int,
     low_dimensional: bool,
 ) -> Estimate:
@@ -55,7 +56,7 @@ def critic_adjoint_estimate(
 
     Args:
         rng: of everything random here; not the updater's own.
-        horizon, rows, ridge, trace_decay, actions: see `Implicit`.
+        horizon, rows, ridge, trace_decay, center, actions: see `Implicit`.
         low_dimensional: keep the term along few directions of reward only.
     """
     episodes, device = session.fresh(), reward.device
@@ -72,6 +73,8 @@ def critic_adjoint_estimate(
         advantage = upper_advantage(session.policy, upper, replay, own, ridge, actions, rng)
         gamma = session.policy.gamma
         w = upper_traces(advantage, own.mask, gamma, gamma * trace_decay) / (session.policy.alpha * len(own))
+        if center:
+            w = torch.where(own.mask, w - w.sum(0) / own.mask.sum(0), 0.0)
         obs, acts, weights = own.obs[own.mask], own.actions[own.mask], w[own.mask]
         if low_dimensional:
             weights = projected(weights, directions(reward, obs, acts))
@@ -80,9 +83,9 @@ def critic_adjoint_estimate(
 
 
 def fold_reward(preferences: Preferences, half: int, rng: np.random.Generator, device: torch.device) -> RewardEnsemble:
-    """u: a network of its own, fitted to every second answer as `updater=pebble` fits."""
+    """u: a small network of its own, fitted to every second answer as `updater=pebble` fits."""
     sizes = preferences.first.obs.shape[-1], preferences.first.actions.shape[-1]
-    fitted = RewardEnsemble(*sizes, members=1, seed=int(rng.integers(2**31))).to(device)
+    fitted = RewardEnsemble(*sizes, members=1, hidden=(64, 64), seed=int(rng.integers(2**31))).to(device)
     FOLD_FIT(fitted, preferences, rng, np.arange(half, len(preferences), 2))
     return fitted
 

@@ -91,6 +91,7 @@ def _through_critics(
         rows=settings.rows,
         ridge=settings.ridge,
         trace_decay=settings.trace_decay,
+        center=settings.center,
         actions=settings.actions,
         low_dimensional=settings.estimator == "low-dimensional",
     )

@@ -49,7 +49,7 @@ class Implicit:
             needs hundreds of iterations.
         max_iter: of the solver. tol: relative residual to reach, else the term is not used.
         trace_decay: per step, in (0, 1]; 1 is exact, less forgets earlier scores (less variance, some bias).
-        center: take the mean over trajectories off the traces, step by step: unbiased, much less variance.
+        center: take the mean over trajectories off the traces, step by step: much less variance.
         states: environment steps at most whose states one solve's curvature is averaged over.
         branches: continuations of each labelled segment's start state (`covariance`; they are environment steps).
         rows: replay rows that the solves through the critics average over.
