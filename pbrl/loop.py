@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.agent.exploration import StateEntropy
 from pbrl.agent.sac import PreferenceSAC
-from pbrl.asking import TeacherError, ask
+from pbrl.asking import TeacherError, ask, check_answer
+from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.questions import Questions
 from pbrl.records import run_state
@@ -59,6 +60,7 @@ class Loop:
 
     pending: Query | None = field(default=None, init=False)  # selected, not yet answered
     sessions: int = field(default=0, init=False)  # finished or begun
+    outstanding: Query | None = field(default=None, init=False)  # asked of a teacher for whom training does not wait
     pretrained: bool = field(default=False, init=False)
     ended: bool = field(default=False, init=False)  # by a callback, before total_steps
 
@@ -163,17 +165,44 @@ class Loop:
             self.session.begin()
         metrics: dict[str, float] = {}
         if self.questions.left:  # imported answers may have used the budget up
-            if self.pending is None:
-                self.pending = self.questions.select(first=self.sessions == 0)
-            metrics |= self._take_in(self.pending, self._ask(self.pending))
-            self.pending = None
+            metrics |= self._ask_and_wait() if self.parts.teacher.wait else self._exchange()
         self.sessions += 1
         metrics |= self._learn()
-        self._after_update()
+        if self.parts.teacher.wait or len(self.parts.preferences):  # else nobody has answered yet: pretraining goes on
+            self._after_update()
         following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
         self.due.feedback = following if self.questions.left else NEVER
         self.due.between = self._next_between()
         self.diary.session(metrics, self.sessions)
+
+    def _ask_and_wait(self) -> dict[str, float]:
+        """This session's questions and their answers."""
+        if self.pending is None:
+            self.pending = self.questions.select(first=self.sessions == 0)
+        metrics = self._take_in(self.pending, self._ask(self.pending))
+        self.pending = None
+        return metrics
+
+    def _exchange(self) -> dict[str, float]:
+        """Take in what was answered since the last session, and ask anew: training does not wait for the answers."""
+        teacher, open_pairs = self.parts.teacher, self.outstanding
+        metrics: dict[str, float] = {}
+        if open_pairs is not None:
+            done, answer = teacher.collect(open_pairs, self.sessions, self.step)
+            if done.any():
+                answered = replace(open_pairs[done.nonzero()[:, 0]], fresh=None)  # the policy has moved on since
+                check_answer(answer, answered, name_of(teacher))
+                metrics |= self._take_in(answered, answer)
+                rest = (~done).nonzero()[:, 0]
+                open_pairs = open_pairs[rest] if len(rest) else None
+        left = 0 if open_pairs is None else len(open_pairs)
+        if self.questions.count(self.step) > left:
+            new = self.questions.select(not len(self.parts.preferences), left)
+            open_pairs = new if open_pairs is None else Query.cat([open_pairs, new])
+        self.outstanding = open_pairs
+        if open_pairs is not None:
+            teacher.post(open_pairs)
+        return {**metrics, "feedback/outstanding": 0.0 if open_pairs is None else float(len(open_pairs))}
 
     def _ask(self, query: Query) -> Answer:
         """The answer, unless asking fails or is interrupted: then the questions are saved and will be asked again."""

@@ -207,9 +207,9 @@ def difference(first: Segments, second: Segments) -> np.ndarray:
 
 @dataclass
 class Distinct(KCenter):
-    """Pairs that a person can tell apart: the less different half of the candidates is left out (`difference`), then
-    as `KCenter`: of the others the better half by `score`, and of those the ones that cover them best, the most
-    different first.
+    """Pairs that a person can tell apart: the less different half of the candidates is left out (`difference`). Of the
+    others the best by `score` are kept, twice as many as are asked, and of those the ones that cover them best are
+    asked, the most different first.
 
     Without answers there is no score yet: the first session's pairs are chosen by difference and cover alone.
     """
@@ -222,6 +222,7 @@ class Distinct(KCenter):
     ) -> np.ndarray:
         apart = difference(candidates.first, candidates.second)
         kept = np.argsort(-apart, kind="stable")[: max(count, len(candidates) // 2)]
-        rule = KCenter(score=self.score if len(asked) else None)
-        picks = kept[rule(candidates[kept], count, reward, asked, rng)]
+        if self.score is not None and len(asked):
+            kept = kept[_best(SCORES[self.score](candidates[kept], reward), 2 * count)]
+        picks = kept[KCenter()(candidates[kept], count, reward, asked, rng)]
         return picks[np.argsort(-apart[picks], kind="stable")]

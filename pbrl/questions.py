@@ -68,7 +68,7 @@ class Questions:
             due = max(due + self.feedback.every, due + steps)
         return sessions
 
-    def select(self, first: bool) -> Query:
+    def select(self, first: bool, outstanding: int = 0) -> Query:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
 
         Those about everything kept come first, then those about the present policy: its fresh steps and branches.
@@ -76,7 +76,7 @@ class Questions:
         what pretraining has visited covers more, and a rule could only choose by a reward that knows nothing yet.
         """
         parts, session, feedback = self.parts, self.session, self.feedback
-        count = feedback.count(parts.agent.num_timesteps, self.total_steps, parts.preferences.asked)
+        count = self.count(parts.agent.num_timesteps) - outstanding
         fresh = parts.updater.pairs == "fresh" and not first
         if fresh:
             steps = feedback.fresh_steps

@@ -175,8 +175,20 @@ class Teacher(ABC):
     def __call__(self, query: Query) -> Answer:
         """One answer for each pair. What it raises stops the run after saving; the query is put again on resume."""
 
+    wait: bool = True  # training waits for the answers; False: it goes on, and the loop calls `post` and `collect`
     needs_states: bool = False  # asks only about segments whose simulator state is known
     durable: bool = False  # writes each answer down itself, and gives it again when the same pairs are asked again
+
+    def post(self, query: Query) -> None:
+        """If `wait` is False: from now on these pairs, and no others, are to be answered. Returns at once."""
+        raise NotImplementedError(f"{type(self).__name__} has wait=False but no post(query)")
+
+    def collect(self, query: Query, session: int, step: int) -> tuple[Tensor, Answer]:
+        """If `wait` is False: which of the posted pairs are answered, bool [N], and the answers to those, in order.
+
+        Called once at the beginning of each session. A resumed run that comes by a session again must get the same.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has wait=False but no collect(query, session, step)")
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the last query, logged with its session; keys `teacher/name`."""

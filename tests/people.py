@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,3 +149,19 @@ def answers(run_dir: Path) -> list[tuple[Any, ...]]:
         return store.execute(
             "SELECT question, rater, label, repeat FROM answer WHERE undone IS NULL ORDER BY given"
         ).fetchall()
+
+
+def ask_page(link: str) -> Callable[..., dict[str, Any]]:
+    """Asks the server as the page does: `ask("state")`, `ask("answer", answer=…, …)`."""
+    base, _, token = link.partition("/#")
+
+    def ask(name: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{base}/api/{name}",
+            json.dumps({"rater": "you", **body}).encode(),
+            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return dict(json.load(reply))
+
+    return ask

@@ -25,7 +25,7 @@ class HumanTeacher(Teacher):
     """Puts pairs on a page and returns what people answer there.
 
     Args:
-        env: config of the environment in which clips are drawn; the drawing process makes it.
+        env: config of the environment in which clips are drawn, a table; the drawing process makes it.
         task: what the robot should do, in words.
         wait: training pauses until a session's pairs are answered; else it goes on and answers are taken in at the
             next session.
@@ -43,10 +43,11 @@ class HumanTeacher(Teacher):
 
     durable = True  # answers are on the disk one by one: no second journal is kept of them
     needs_states = True
+    takes_configs = True  # `env` is not made in this process
 
     def __init__(
         self,
-        env: Mapping[str, Any],
+        env: Any,
         task: str,
         wait: bool = True,
         reviews: int = 1,
@@ -79,13 +80,13 @@ class HumanTeacher(Teacher):
 
     # ------------------------------------------------------------------------------------------------ the run
 
-    def open(self, run_dir: Path, segment_length: int) -> None:
-        """Open the store in the run's folder, serve the page and say where.
+    def open(self, run_dir: Path, segment_length: int, store: str = FILE_NAME) -> None:
+        """Open the store of this name in the run's folder, serve the page and say where.
 
         Raises:
             ValueError: if the page cannot be served or clips cannot be drawn, in a line.
         """
-        path = run_dir / FILE_NAME
+        path = run_dir / store
         self._store = LabelStore(path, self.reviews, self.lease, self.repeats)
         settings = {
             "path": str(path.resolve()),
@@ -205,6 +206,10 @@ class HumanTeacher(Teacher):
         labels = {taken.key: taken for taken in store.take(keys, session, step)}
         done = torch.tensor([key in labels for key in keys], dtype=torch.bool)
         return done, _answer([labels[key] for key in keys if key in labels])
+
+    def answered(self, query: Query) -> int:
+        """How many different pairs of a query have all their answers."""
+        return self._open()[0].finished(pair_keys(query))
 
     def metrics(self) -> dict[str, float]:
         """Each rater's numbers as `teacher/NAME/…`, see `LabelStore.raters`."""

@@ -221,7 +221,7 @@ class _Builder:
             arguments: Any = OmegaConf.to_container(node, resolve=True)
             given = {key: value for key, value in arguments.items() if not key.startswith("_")}
             return functools.partial(find_target(group, node["_target_"]), **given)
-        recursive = node.get("_recursive_", group != "logger")
+        recursive = group != "logger" and not getattr(find_target(group, node["_target_"]), "takes_configs", False)
         return _refuse(lambda: instantiate(node, _convert_="all", _recursive_=recursive, **passed), group, node)
 
     def adopt(self, group: str, wrap: Callable[[Any], Made]) -> Made:

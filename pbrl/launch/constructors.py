@@ -31,6 +31,7 @@ CALLBACKS = frozenset(
     for name in ("StopTrainingOnMaxEpisodes", "EveryNTimesteps", "LogEveryNTimesteps")
 )
 SAME_AS = {"inner": "updater", "callback": "callbacks"}  # keys that hold what others hold
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}  # hosts that only this machine reaches
 REACHING = {"url", "host", "path", "oracle", "import_preferences"}  # keys of texts that name something outside the run
 PLAIN = (int, float, bool, str, type(None))
 
@@ -90,11 +91,13 @@ def reaches(config: Any, run_dir: Path | None = None, name: str = "", key: str =
                 yield Reach(path, value, value.rpartition(".")[0] or value)
         elif isinstance(value, str) and (key, part) == ("env", "id") and ":" in value:
             yield Reach(path, value, value.partition(":")[0])  # gymnasium imports what stands before the colon
-        elif isinstance(value, str) and part in REACHING and not _inside(value, run_dir):
+        elif isinstance(value, str) and part in REACHING and not _inside(part, value, run_dir):
             yield Reach(path, value, value)
 
 
-def _inside(value: str, run_dir: Path | None) -> bool:
+def _inside(part: Any, value: str, run_dir: Path | None) -> bool:
+    if part == "host":
+        return value in LOOPBACK
     return run_dir is not None and Path(value).resolve().is_relative_to(run_dir.resolve())
 
 

@@ -36,6 +36,7 @@ class Running(Protocol):
     sessions: int
     pretrained: bool
     pending: Query | None
+    outstanding: Query | None
     rngs: list[np.random.Generator]  # the loop's own, in a fixed order
     step_logs: list[StepLog]
 
@@ -76,6 +77,7 @@ def save(loop: Running) -> None:
     arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
     arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
     arrays |= {f"pending/{key}": value for key, value in pack_query(loop.pending).items()}
+    arrays |= {f"outstanding/{key}": value for key, value in pack_query(loop.outstanding).items()}
     total = parts.rollouts.total
     save_checkpoint(loop.run_dir, agent.num_timesteps, run, state, arrays, [(log, total) for log in loop.step_logs])
     if len(parts.preferences):
@@ -97,6 +99,7 @@ def restore(loop: Running, loaded: Loaded) -> None:
         parts.updater.load_state_dict(loaded.state["updater"])
     parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
     loop.pending = unpack_query(_part(loaded.arrays, "pending/"))
+    loop.outstanding = unpack_query(_part(loaded.arrays, "outstanding/"))
     loop.due, loop.sessions, loop.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
     loop.diary.continues(run["last"], run["seconds"])
     loop.entropy.load_state(run["entropy"])

@@ -1,0 +1,123 @@
+"""People label pairs without any training.
+
+    python -m pbrl.label RUN                   the pairs that a run has stored, asked again of people
+    python -m pbrl.label FILE.npz              the same of an exported file
+    python -m pbrl.label RUN --out LABELS.npz  where the answers go
+
+The page is that of `teacher=human`. What was answered is kept beside the output (OUT.sqlite3), so the same command goes
+on where it stopped; OUT is written at the end and on Ctrl-C, and `import_preferences=OUT` starts a run from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from pbrl.labelling.teacher import HumanTeacher, pair_keys
+from pbrl.launch.configuration import CONF, ConfigError, options, register_resolvers
+from pbrl.launch.stored import read_config
+from pbrl.preferences import FILE_NAME, Preferences
+from pbrl.types import Query
+
+
+def environment(source: Path, name: str | None, stored: Preferences) -> dict[str, Any]:
+    """Config of the environment in which clips are drawn: the run's, or the option that the file names.
+
+    Raises:
+        ConfigError: if there is none of this name.
+    """
+    if source.is_dir() and name is None:
+        cfg, _ = read_config(source)
+        return dict(OmegaConf.to_container(cfg.env, resolve=True))  # type: ignore[arg-type]
+    name = name or str(stored.about.get("env"))
+    if name not in options("env"):
+        raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
+    return dict(OmegaConf.to_container(OmegaConf.load(CONF / "env" / f"{name}.yaml")))  # type: ignore[arg-type]
+
+
+def questions(stored: Preferences) -> Query:
+    """The stored pairs as a query, without labels and without task rewards.
+
+    Raises:
+        ValueError: if there are none, or they have no simulator states.
+    """
+    if not len(stored):
+        raise ValueError("there are no pairs in it")
+    if stored.states is None:
+        raise ValueError("its pairs have no simulator states, so nothing can be drawn")
+    unknown = torch.full((len(stored), 2, stored.horizon), float("nan"))
+    return Query(stored.first, stored.second, unknown, states=stored.states)
+
+
+def labelled(stored: Preferences, query: Query, teacher: HumanTeacher) -> Preferences:
+    """The pairs answered so far, with people's labels."""
+    done, answer = teacher.collect(query, int(time.time()), 0)
+    index = done.nonzero()[:, 0][answer.given]
+    chosen = stored.select(index, answer.prefers_first[answer.given])
+    chosen.asked = int(done.sum())
+    chosen.about = {**stored.about, "teacher": "human", "raters": teacher.raters()}
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pbrl.label", description="Label pairs without training.")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run directory, or preferences (.npz)")
+    parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: labels.npz beside the source)")
+    parser.add_argument("--task", default="the task", help="what the robot should do, in words")
+    parser.add_argument("--env", help="option of the environment, if the file does not name it")
+    parser.add_argument("--reviews", type=int, default=1, help="answers by different people per pair")
+    parser.add_argument("--repeats", type=float, default=0.05, help="share of answers asked again, sides swapped")
+    parser.add_argument("--host", default="localhost", help="another address lets others in who have the token")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    given = parser.parse_args(arguments)
+    register_resolvers()
+    try:
+        stored = Preferences.load(given.source / FILE_NAME if given.source.is_dir() else given.source)
+        query = questions(stored)
+        out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
+        env = environment(given.source, given.env, stored)
+        teacher = HumanTeacher(
+            env, given.task, reviews=given.reviews, repeats=given.repeats, host=given.host, port=given.port
+        )
+        teacher.open(out.parent, stored.horizon, out.name + ".sqlite3")
+    except (OSError, ValueError) as error:
+        print(f"error: {given.source}: {error}", file=sys.stderr)
+        return 1
+    try:
+        _until_answered(teacher, query)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on")
+    finally:
+        result = labelled(stored, query, teacher)
+        if len(result):
+            result.save(out)
+            print(f"{out}: {len(result)} of {len(stored)} pairs labelled by people")
+        teacher.close(complete=len(result) == len(stored))
+    return 0
+
+
+def _until_answered(teacher: HumanTeacher, query: Query) -> None:
+    """Ask, and say how far people are, until all is answered."""
+    from tqdm import tqdm
+
+    teacher.post(query)
+    total = len(set(pair_keys(query)))
+    with tqdm(total=total, unit="pair") as bar:
+        while bar.n < total:
+            bar.n = teacher.answered(query)
+            bar.refresh()
+            teacher.watch({"env_step": 0})
+            time.sleep(0.5)
+    time.sleep(teacher.undo_seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

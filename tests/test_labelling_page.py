@@ -1,0 +1,153 @@
+"""The page in a real Chromium: keys, buttons, tabs, raters, narrow screens, and a whole run taught by key presses."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from envs.pointmass import PointMass
+from pbrl.labelling.store import Taken
+from pbrl.labelling.teacher import HumanTeacher, pair_keys
+from pbrl.launch.build import build
+from pbrl.records.evaluation import episode
+from tests.conftest import config
+from tests.people import CHROMIUM, Command, Person, answers, browser, wait_for
+from tests.test_labelling import STEPS, recorded
+from tests.test_learning import EPISODES, LEVEL, p_value, random_returns
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium: apt-get install chromium"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # playwright's own event loop
+]
+TASK = 'go <b>up</b> & "stay"<script>alert(1)</script>'
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Iterator[HumanTeacher]:
+    """A page with four questions and no training."""
+    made = HumanTeacher({"_target_": "envs.pointmass.PointMass"}, TASK, repeats=0.0, undo_seconds=0.0, size=64)
+    made.open(tmp_path, STEPS)
+    made.post(recorded(4))
+    yield made
+    made.close(complete=False)
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[Any]:
+    with browser(tmp_path) as context:
+        yield context
+
+
+def test_keys_undo_skip_equal_reload_and_a_second_tab(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    link = teacher._open()[1].link
+    person = Person(chromium, link, tmp_path)
+    assert person.page.inner_text("#task") == TASK and not person.page.query_selector("#task b")
+    assert person.question() == {"number": 1, "repeat": False}
+    assert not person.page.evaluate("document.getElementById('clip').paused")
+    person.press("ArrowLeft")
+    assert person.question()["number"] == 2
+    person.press("ArrowUp")
+    person.question()
+    person.press("u")
+    assert person.question()["number"] == 2, "the pair is there again"
+    person.press("ArrowDown")
+    assert person.question()["number"] == 3
+    assert answers(tmp_path) == [(1, "you", 1.0, 0), (2, "you", None, 0)]
+    person.page.reload()
+    assert person.question()["number"] == 3, "not lost and not asked twice"
+    second = Person(chromium, link, tmp_path)
+    assert second.question()["number"] == 3, "one rater, one question"
+    person.press("ArrowRight")
+    second.press("ArrowLeft")  # too late
+    assert "undo it first" in second.page.inner_text("#notice")
+    assert second.question()["number"] == 4
+    for key, speed in (("1", 0.5), ("3", 2), ("2", 1)):
+        second.page.keyboard.press(key)
+        assert second.page.evaluate("document.getElementById('clip').playbackRate") == speed
+    second.page.keyboard.press(" ")
+    assert second.page.evaluate("document.getElementById('clip').paused")
+    second.page.click("button.half[data-do=right]")
+    wait_for(lambda: len(answers(tmp_path)) == 4)
+    keys = pair_keys(recorded(4))
+    taken = teacher._open()[0].use(keys, 1, 10)
+    assert taken == [Taken(keys[0], 1.0), Taken(keys[1], None), Taken(keys[2], 0.0), Taken(keys[3], 0.0)]
+    wait_for(lambda: person.page.is_visible("#idle"))
+    assert person.complaints == [] and second.complaints == []
+    own = link.partition("#")[0]
+    assert all(url.startswith((own, "blob:", "data:")) for url in person.requests), "no request to anywhere else"
+    assert not any(link.rpartition("#")[2] in url for url in person.requests), "the token is in no address"
+
+
+def test_two_raters_on_wide_and_narrow_screens(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    link = teacher._open()[1].link
+    anna, ben = (Person(chromium, link, tmp_path, name, width) for name, width in (("anna", 1100), ("ben", 360)))
+    assert {anna.question()["number"], ben.question()["number"]} == {1, 2}
+    for person in (anna, ben):
+        assert person.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+        boxes = [person.page.locator(f".keys [data-do={name}]").bounding_box() for name in ("left", "right", "undo")]
+        assert all(box["height"] >= 44 and box["y"] + box["height"] < 760 for box in boxes), "for thumbs, in sight"
+    for person in (anna, ben, anna, ben):
+        person.judge()
+    raters = teacher.raters()
+    assert {name: numbers["answers"] for name, numbers in raters.items()} == {"anna": 2.0, "ben": 2.0}
+    assert all(numbers["task_agreement"] == 1.0 for numbers in raters.values())
+    assert anna.complaints == [] and ben.complaints == []
+
+
+def test_questions_that_arrive_flash_in_the_title(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    teacher.post(recorded(1, seed=5))
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    person.judge()
+    wait_for(lambda: person.page.is_visible("#idle"))
+    person.page.evaluate("document.hasFocus = () => false")
+    teacher.post(recorded(2, seed=6))
+    wait_for(lambda: person.page.title() != "Teach the robot", 20)
+    person.judge()
+    assert person.page.title() == "Teach the robot"
+
+
+def test_a_wrong_token_is_said_on_the_page(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    person = Person(chromium, teacher._open()[1].link + "x", tmp_path)
+    wait_for(lambda: "wrong token" in person.page.inner_text("#notice"))
+    assert not person.page.is_visible("#ask")
+
+
+def test_a_run_taught_by_key_presses_learns(chromium: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = Command(
+        "experiment=teach-pointmass", f"run_dir={run_dir}", "threads=1", "eval.episodes=2", "teacher.size=64"
+    )
+    try:
+        person = Person(chromium, command.link(), run_dir)
+        begin, pressed = time.monotonic(), 0
+        while command.process.poll() is None:
+            if person.shown() is not None:
+                person.judge()
+                pressed += 1
+            else:
+                time.sleep(0.1)
+            assert time.monotonic() < begin + 900, command.output
+        assert command.wait() == 0, command.output
+    finally:
+        if command.process.poll() is None:
+            command.process.kill()
+    assert person.complaints == [] or all("ERR_CONNECTION_REFUSED" in said for said in person.complaints)
+    given = [row for row in answers(run_dir) if not row[3]]
+    assert len(given) == 30 and pressed >= 30
+    shutil.rmtree(run_dir / "checkpoints" / "unused", ignore_errors=True)
+    cfg, choices = config(f"resume={run_dir}", "teacher=oracle")
+    loop = build(cfg, choices, [])
+    seeds = range(5_000_000, 5_000_000 + EPISODES)
+    env = PointMass()
+    learned = np.array([episode(loop.agent, env, seed)[0] for seed in seeds])
+    loop.release()
+    chance = random_returns(seeds)
+    print(f"\nreturn {learned.mean():.1f}, random {chance.mean():.1f}")
+    assert p_value(learned, chance, np.random.default_rng(0)) < LEVEL

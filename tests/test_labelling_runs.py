@@ -1,0 +1,191 @@
+"""Whole runs that people teach: training that does not wait, kills and resumes; in a browser: test_labelling_page."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pbrl.labelling import teacher as teacher_module
+from pbrl.labelling.store import FILE_NAME, LabelStore
+from pbrl.loop import Loop, Stopped
+from pbrl.preferences import Preferences
+from tests.conftest import config, finish, rows, tiny_loop
+from tests.people import Command, answers, ask_page, wait_for
+
+HUMAN = ("teacher=human", "teacher.repeats=0", "teacher.undo_seconds=0", "teacher.task=go", "teacher.size=64")
+OPEN = "teacher.wait=false"
+
+
+class NoService:
+    """Instead of the page: the test answers in the store itself."""
+
+    link = "http://127.0.0.1:1/#token"
+
+    def __init__(self, settings: Any, port: int = 0) -> None:
+        pass
+
+    def tell(self, **said: Any) -> None:
+        pass
+
+    def keep_alive(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_module, "Service", NoService)
+
+
+def by_return(store: LabelStore, limit: int) -> None:
+    """Answer up to `limit` pairs by the task's own returns."""
+    for _ in range(limit):
+        shown = store.next("you")
+        if shown is None:
+            return
+        ((text,),) = store._all("SELECT returns FROM question WHERE id = ?", shown.question)
+        first, second = map(float, text.strip("[]").split(","))
+        store.answer(f"a{shown.question}", "you", shown, float(first > second), 1.0)
+
+
+def scripted(loop: Loop, plan: dict[int, int], stop_at: int | None = None) -> Loop:
+    """At these environment steps somebody answers so many pairs; the run is told to stop at another."""
+    teacher: Any = loop.parts.teacher
+    original, done = teacher.watch, set()
+
+    def watch(row: Any) -> None:
+        original(row)
+        for step, count in plan.items():
+            if row["env_step"] >= step and step not in done:
+                done.add(step)
+                by_return(teacher._open()[0], count)
+
+    teacher.watch = watch
+    if stop_at is not None:
+        loop.stop = lambda: loop.step >= stop_at
+    return loop
+
+
+PLAN = {250: 2, 350: 4, 450: 1}  # sessions are at 200, 300, 400, 500, …
+
+
+def open_run(run_dir: Path, *more: str) -> Loop:
+    return tiny_loop(run_dir, *HUMAN, OPEN, "total_steps=600", "checkpoint_every=150", *more)
+
+
+def test_training_goes_on_and_takes_answers_in_at_the_next_session(tmp_path: Path, no_page: None) -> None:
+    finish(scripted(open_run(tmp_path / "run"), PLAN))
+    sessions = [row for row in rows(tmp_path / "run") if "feedback/session" in row]
+    assert [row["feedback/labels"] for row in sessions][:4] == [0, 2, 6, 7]
+    assert sessions[0]["env_step"] == 200 and "reward/accuracy" not in sessions[0], "nobody has answered: no reward yet"
+    assert "reward/accuracy" in sessions[1]
+    # never more than a session's questions are open, and never more than the budget's 15 are asked
+    assert [row["feedback/outstanding"] for row in sessions][:4] == [5.0, 5.0, 5.0, 5.0]
+    store = LabelStore(tmp_path / "run" / FILE_NAME)
+    used = store._all("SELECT id, session, step FROM question WHERE session IS NOT NULL ORDER BY id")
+    assert [row[1:] for row in used] == [(1, 300)] * 2 + [(2, 400)] * 4 + [(3, 500)]
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_wait_resumes_bit_for_bit(tmp_path: Path, no_page: None) -> None:
+    finish(scripted(open_run(tmp_path / "whole"), PLAN))
+    with pytest.raises(Stopped):
+        scripted(open_run(tmp_path / "cut"), PLAN, stop_at=470).run()
+    for checkpoint in sorted((tmp_path / "cut" / "checkpoints").glob("step_*"))[1:]:  # what a kill -9 leaves
+        for path in sorted(checkpoint.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        checkpoint.rmdir()
+    loop = tiny_loop(tmp_path / "unused", *HUMAN, f"resume={tmp_path / 'cut'}")
+    assert loop.step < 300, "before answers were taken in"
+    finish(scripted(loop, PLAN))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
+
+
+def test_an_environment_without_states_is_refused_before_anything_starts(tmp_path: Path, no_page: None) -> None:
+    with pytest.raises(Exception, match="shows clips"):
+        tiny_loop(tmp_path / "run", *HUMAN, "env._target_=tests.test_labelling_runs.Stateless")
+
+
+def Stateless(horizon: int = 50) -> Any:
+    """The point mass without restorable states."""
+    from envs.pointmass import PointMass
+
+    env = PointMass(horizon)
+    env.state_size = 0
+    return env
+
+
+@pytest.mark.slow
+def test_kill_9_of_training_in_the_middle_of_a_session_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    settings = [
+        *(
+            "env=pointmass",
+            "updater=pebble",
+            "threads=1",
+            "total_steps=400",
+            "segment_length=10",
+            "pretraining.steps=50",
+        ),
+        *("agent.learning_starts=50", "agent.net_arch=[16,16]", "agent.batch_size=32", "agent.buffer_size=10000"),
+        *("reward.hidden=[16,16]", "pretraining.updates=5", "feedback.budget=8", "feedback.per_session=4"),
+        *("feedback.every=150", "eval.every=400", "eval.episodes=1", "checkpoint_every=200", f"run_dir={run_dir}"),
+    ]
+    command = Command(*settings, *HUMAN)
+    given = 0
+    try:
+        for _ in range(8):
+            page = ask_page(command.link())
+            state = wait_for(lambda page=page: (s := page("state"))["question"] and s, 60)
+            page("answer", answer=f"a{given}", **state["question"], label=1, seconds=1.0)
+            given += 1
+            command.process.send_signal(signal.SIGKILL)
+            command.wait()
+            assert len(answers(run_dir)) == given
+            command = Command(f"resume={run_dir}")
+        assert command.wait(120) == 0, command.output
+    finally:
+        if command.process.poll() is None:
+            command.process.kill()
+    found = answers(run_dir)
+    assert len(found) == 8 and len({row[0] for row in found}) == 8, "each once, no question twice"
+    assert '"feedback/labels": 8' in (run_dir / "summary.json").read_text()
+
+
+def test_shipped_settings_for_people_compose() -> None:
+    for name in ("teach-pointmass", "teach-walker"):
+        cfg, choices = config(f"experiment={name}")
+        assert choices["teacher"] == "human" and cfg.teacher.task and choices["query"] == "distinct"
+
+
+@pytest.mark.slow
+def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "oracle.npz"
+    shutil.copy(tiny_run / "preferences.npz", exported)
+    out = tmp_path / "people.npz"
+    for stop_after in (6, 9):
+        command = Command(str(exported), f"--out={out}", "--repeats=0", module="pbrl.label")
+        try:
+            page = ask_page(command.link())
+            for i in range(stop_after):
+                state = wait_for(lambda page=page: (s := page("state"))["question"] and s, 60)
+                label = None if i == 2 else 0.5
+                page("answer", answer=f"{stop_after}-{i}", **state["question"], label=label, seconds=1.0)
+            if stop_after == 6:
+                command.process.send_signal(signal.SIGINT)
+            assert command.wait(60) == 0, command.output
+        finally:
+            if command.process.poll() is None:
+                command.process.kill()
+    labelled = Preferences.load(out)
+    assert labelled.counts == {"asked": 15, "given": 13, "skipped": 2, "equal": 13}
+    assert labelled.about["raters"]["you"]["answers"] == 15.0
+    finish(tiny_loop(tmp_path / "run", f"import_preferences={out}", "feedback.budget=20"))
+    assert Preferences.load(tmp_path / "run" / "preferences.npz").counts["asked"] == 20
