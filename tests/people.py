@@ -62,6 +62,8 @@ class Command:
         """Its exit status."""
         status = self.process.wait(seconds)
         self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return status
 
     def servers(self) -> list[int]:

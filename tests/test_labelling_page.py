@@ -95,7 +95,7 @@ def test_two_raters_on_wide_and_narrow_screens(teacher: HumanTeacher, chromium: 
         assert all(box["height"] >= 44 and box["y"] + box["height"] < 760 for box in boxes), "for thumbs, in sight"
     for person in (anna, ben, anna, ben):
         person.judge()
-    raters = teacher.raters()
+    raters = teacher._open()[0].raters()
     assert {name: numbers["answers"] for name, numbers in raters.items()} == {"anna": 2.0, "ben": 2.0}
     assert all(numbers["task_agreement"] == 1.0 for numbers in raters.values())
     assert anna.complaints == [] and ben.complaints == []

@@ -76,7 +76,7 @@ PLAN = {250: 2, 350: 4, 450: 1}  # sessions are at 200, 300, 400, 500, …
 
 
 def open_run(run_dir: Path, *more: str) -> Loop:
-    return tiny_loop(run_dir, *HUMAN, OPEN, "total_steps=600", "checkpoint_every=150", *more)
+    return tiny_loop(run_dir, *HUMAN, OPEN, "total_steps=550", "checkpoint_every=250", *more)
 
 
 def test_training_goes_on_and_takes_answers_in_at_the_next_session(tmp_path: Path, no_page: None) -> None:
@@ -96,7 +96,7 @@ def test_training_goes_on_and_takes_answers_in_at_the_next_session(tmp_path: Pat
 def test_a_run_that_does_not_wait_resumes_bit_for_bit(tmp_path: Path, no_page: None) -> None:
     finish(scripted(open_run(tmp_path / "whole"), PLAN))
     with pytest.raises(Stopped):
-        scripted(open_run(tmp_path / "cut"), PLAN, stop_at=470).run()
+        finish(scripted(open_run(tmp_path / "cut"), PLAN, stop_at=470))
     for checkpoint in sorted((tmp_path / "cut" / "checkpoints").glob("step_*"))[1:]:  # what a kill -9 leaves
         for path in sorted(checkpoint.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()

@@ -386,8 +386,12 @@ class LabelStore:
         mine = self._all("SELECT count(*) FROM answer WHERE rater = ? AND repeat = 0 AND undone IS NULL", rater)[0][0]
         return {"open": total, "complete": done, "mine": mine}
 
-    def raters(self) -> dict[str, dict[str, float]]:
+    def raters(self, used_by: int | None = None) -> dict[str, dict[str, float]]:
         """What is known of each rater, by name; what cannot be known yet is left out.
+
+        Args:
+            used_by: an environment step: as it was when the answers used up to there were taken in, so that a run that
+                is resumed at an earlier step says the same again; None: as it is now.
 
         answers, skipped, equal: counts; median_seconds: per answer; agreement: with the others' labels of the same
         pairs, mean of 1 − |difference|; consistency: the same with his own answers to pairs repeated with sides
@@ -395,7 +399,10 @@ class LabelStore:
         """
         rows = self._all(
             "SELECT a.question, a.rater, a.label, a.repeat, a.seconds, q.returns FROM answer a"
-            " JOIN question q ON q.id = a.question WHERE a.undone IS NULL ORDER BY a.given"
+            " JOIN question q ON q.id = a.question WHERE a.undone IS NULL AND (?1 IS NULL OR (q.step <= ?1"
+            " AND a.given <= (SELECT max(b.given) FROM answer b JOIN question p ON p.id = b.question"
+            "                 WHERE p.step <= ?1 AND b.repeat = 0 AND b.undone IS NULL))) ORDER BY a.given",
+            used_by,
         )
         labels: dict[int, dict[str, float]] = {}
         for question, rater, label, repeat, _, _ in rows:

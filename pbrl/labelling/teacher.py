@@ -201,6 +201,7 @@ class HumanTeacher(Teacher):
 
         What the first call for a session returns is kept: a resumed run gets the same.
         """
+        self.step = step
         store = self._open()[0]
         keys = pair_keys(query)
         labels = {taken.key: taken for taken in store.take(keys, session, step)}
@@ -221,7 +222,7 @@ class HumanTeacher(Teacher):
 
     def raters(self) -> dict[str, dict[str, float]]:
         """See `LabelStore.raters`."""
-        return {} if self._store is None else self._store.raters()
+        return {} if self._store is None else self._store.raters(self.step)
 
 
 def pair_keys(query: Query) -> list[str]:

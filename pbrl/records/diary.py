@@ -84,6 +84,7 @@ class Diary:
     def progress(self) -> Iterator[None]:
         """Within the block a bar shows how far the run is."""
         with tqdm(total=self.total_steps, initial=self.step, unit="step", mininterval=1, smoothing=0.05) as self.bar:
+            self._tell({"env_step": self.step})
             yield
 
     def advance(self) -> None:
