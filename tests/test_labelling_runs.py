@@ -103,7 +103,7 @@ def test_a_run_that_does_not_wait_resumes_bit_for_bit(tmp_path: Path, no_page: N
         checkpoint.rmdir()
     loop = tiny_loop(tmp_path / "unused", *HUMAN, f"resume={tmp_path / 'cut'}")
     assert loop.step < 300, "before answers were taken in"
-    finish(scripted(loop, PLAN))
+    finish(loop)  # all that was answered is in the store, the answer after the last session too
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
 
