@@ -255,8 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signals", nargs="+", help="only these of the file's")
     parser.add_argument("--candidates", nargs="+", help="only these of the file's")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="runs at a time (default 1)")
-    parser.add_argument("overrides", nargs="*", help="of all runs, after --: -- agent.precision=bf16")
-    options = parser.parse_args(arguments)
+    parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [-- KEY=VALUE ... of all runs]"
+    given = sys.argv[1:] if arguments is None else arguments
+    own, overrides = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    options = parser.parse_args(own)
+    options.overrides = overrides
     try:
         race = _race(options)
         workers = Workers(race, options.processes)

@@ -107,7 +107,7 @@ def test_the_shipped_candidates_compose() -> None:
         ("signals: {true: []}\ncandidates: {a: []}", [], "True is no name"),
         ("runs: 3", [], "expected the keys"),
         ("signals: {t: []}\ncandidates: {a: []}", ["--signals", "u"], "--signals u: .* has t"),
-        ("signals: {t: []}\ncandidates: {a: []}", ["--rungs", "20:9"], "asks for 9 seeds"),
+        ("signals: {t: []}\ncandidates: {a: []}", ["--rungs", "20:9", "--", "agent.tau=0.1"], "asks for 9 seeds"),
         ("signals: {t: []}\ncandidates: {a: []}", ["--rungs", "20:1", "10:1"], "steps must grow"),
     ],
 )
