@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,22 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pbrl.records.checkpoint
+from pbrl import compare, evaluate
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
 from pbrl.launch.one_run import run
 from pbrl.launch.stored import lock, read_config
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
-from pbrl.records.checkpoint import CheckpointError, load_latest
+from pbrl.preferences import main as preferences_main
+from pbrl.records.checkpoint import CheckpointError
 from teachers.recorded import RecordedTeacher
 from tests.conftest import config, tiny_loop
+from tests.hostile import builders
+from tests.hostile.builders import Payload, npz, poison
 
 ROOT = Path(__file__).parents[1]
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-class Payload:
-    """A pickle that leaves a mark when it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def test_the_payload_works(tmp_path: Path) -> None:
@@ -80,43 +74,15 @@ def test_two_processes_do_not_work_in_one_run(tiny_run: Path) -> None:
         pass
 
 
-def poison(stored: Path, name: str, data: bytes) -> None:
-    """Put `data` into every checkpoint's file, with sums that fit: a stranger can compute them too."""
-    for folder in (stored / "checkpoints").iterdir():
-        (folder / name).write_bytes(data)
-        records = json.loads((folder / "manifest.json").read_text())["steps"]
-        (folder / "manifest.json").unlink()
-        pbrl.records.checkpoint._write_manifest(folder, 0, records)
-
-
-def npz(**members: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **members)
-    return buffer.getvalue()
-
-
-def test_a_malicious_state_file_does_not_run(stored: Path, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save({"agent": Payload(tmp_path / "mark")}, buffer)
-    for data in (buffer.getvalue(), pickle.dumps(Payload(tmp_path / "mark"))):
-        poison(stored, "state.pt", data)
-        with pytest.raises(CheckpointError):
-            resume(stored)
-        with pytest.raises(CheckpointError):
-            load_latest(stored)
-    assert not (tmp_path / "mark").exists()
-
-
-def test_malicious_arrays_do_not_run(stored: Path, tmp_path: Path) -> None:
-    data = npz(replay_rewards=np.array([Payload(tmp_path / "mark")], dtype=object))
-    poison(stored, "arrays.npz", data)
-    with pytest.raises(CheckpointError, match="allow_pickle"):
-        resume(stored)
-    (tmp_path / "evil.npz").write_bytes(npz(obs=np.array([Payload(tmp_path / "mark")], dtype=object), metadata="{}"))
-    with pytest.raises(ValueError, match=r"evil\.npz"):
-        Preferences.load(tmp_path / "evil.npz")
-    with pytest.raises(ValueError, match=r"evil\.npz"):
-        RecordedTeacher(str(tmp_path / "evil.npz"))
+def test_malicious_data_sets_do_not_run(tmp_path: Path) -> None:
+    evil = npz(obs=np.array([Payload(tmp_path / "mark")], dtype=object), metadata="{}")
+    bomb = npz(zipfile.ZIP_DEFLATED, obs=np.zeros(10**7, np.uint8), metadata="{}")
+    for data in (evil, bomb):
+        (tmp_path / "evil.npz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"evil\.npz"):
+            Preferences.load(tmp_path / "evil.npz")
+        with pytest.raises(ValueError, match=r"evil\.npz"):
+            RecordedTeacher(str(tmp_path / "evil.npz"))
     assert not (tmp_path / "mark").exists()
 
 
@@ -151,42 +117,116 @@ def test_nothing_in_the_packages_loads_pickles() -> None:
     assert [where for where in found if not where.startswith("pbrl/launch/sweep.py")] == []
 
 
+# Folders of runs: tests/hostile/attacks.yaml
+
+
+def unpacked(value: Any, mark: str) -> Any:
+    """A value of the table with MARK and $repeat put in."""
+    if isinstance(value, dict):
+        if "$repeat" in value:
+            return value["$repeat"][0] * value["$repeat"][1]
+        if "$number" in value:
+            return int(value["$number"] * value["times"])
+        return {key: unpacked(item, mark) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unpacked(item, mark) for item in value]
+    return value.replace("MARK", mark) if isinstance(value, str) else value
+
+
+ATTACKS = yaml.safe_load((ROOT / "tests" / "hostile" / "attacks.yaml").read_text())
+
+
+def attacked(run: Path, attack: dict[str, Any], outside: Path, mark: Path) -> None:
+    """Do to the folder of a run what a row of the table says."""
+    attack = unpacked(attack, str(mark))
+    if "set" in attack:
+        edit(run, **attack["set"])
+    if "text" in attack:
+        (run / attack["text"][0]).write_text(attack["text"][1])
+    if "run" in attack:
+        poison(run, "run.json", lambda data: json.dumps(json.loads(data) | attack["run"]).encode())
+    if "make" in attack:
+        getattr(builders, attack["make"])(run, mark)
+    place = next((attack[kind] for kind in ("link", "hard", "pipe") if kind in attack), None)
+    if place is None:
+        return
+    path, folder = run / place.rstrip("/"), place.endswith("/")
+    path.parent.mkdir(exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if "link" in attack:
+        path.symlink_to(outside / ("folder" if folder else "precious" if "nowhere" not in place else "nowhere"))
+    elif "hard" in attack:
+        path.hardlink_to(outside / "precious")
+    else:
+        os.mkfifo(path)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def outcome(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The line that a command ends with, or None if it did its work; anything else fails the test."""
+    capsys.readouterr()
+    try:
+        code = command()
+    except (ConfigError, CheckpointError) as error:  # `main` prints them
+        line = str(error)
+    except SystemExit as error:
+        line = capsys.readouterr().err.strip() if isinstance(error.code, int) else str(error.code)
+    else:
+        line = capsys.readouterr().err.strip() if code in (1, 2) else ""
+        if not line:
+            assert capsys.readouterr().out.replace("\n", "").replace("\r", "").isprintable()
+            return None
+    assert line.isprintable() and len(line) < 2000, line[:3000]
+    return line
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack["name"])
+def test_an_attack_is_refused_in_a_line_or_does_nothing(
+    attack: dict[str, Any],
+    stored: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outside, mark = tmp_path / "outside", tmp_path / "mark"
+    (outside / "folder").mkdir(parents=True)
+    for path in (outside / "precious", outside / "folder" / "precious"):
+        path.write_text("precious\n")
+    (tmp_path / "payload.py").write_text(f"import os; os.mkdir({str(mark)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    attacked(stored, attack, outside, mark)
+    before, cfg, (_, choices) = contents(outside), composed()[0].copy(), composed()
+    cfg.resume = str(stored)
+    resumed = outcome(lambda: run(cfg, choices, [f"resume={stored}", "total_steps=610"]), capsys)
+    if "says" in attack:
+        assert resumed is not None and attack["says"] in resumed, resumed
+    else:
+        assert resumed is None
+    looked = outcome(lambda: evaluate.main([str(stored), "--episodes", "1"]), capsys)
+    assert looked is None or resumed is not None
+    outcome(lambda: compare.main([str(stored), "--out", str(tmp_path / "out"), "--repetitions", "10"]), capsys)
+    outcome(lambda: preferences_main(["export", str(stored), str(tmp_path / "out.npz")]), capsys)
+    assert contents(outside) == before
+    assert not mark.exists()
+    assert "payload" not in sys.modules
+
+
+def test_the_table_of_attacks_is_long() -> None:
+    assert len(ATTACKS) >= 60
+    assert len({attack["name"] for attack in ATTACKS}) == len(ATTACKS)
+
+
 # Configs in run folders
 
 
 def edit(stored: Path, **changes: Any) -> None:
     path = stored / "config.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
-
-
-MALICIOUS = [
-    {"teacher": {"_target_": "os.mkdir", "path": "MARK"}},
-    {"teacher": {"_target_": "subprocess.Popen", "args": ["mkdir", "MARK"]}},
-    {"teacher": {"_target_": "pbrl.records.checkpoint.os.mkdir", "path": "MARK"}},
-    {"teacher": {"_target_": "pbrl.launch.build.subprocess.Popen", "args": ["mkdir", "MARK"]}},
-    {"teacher": {"_target_": "pbrl.records.checkpoint.write_atomically", "path": "MARK", "data": b"x"}},
-    {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": {"_target_": "os.mkdir", "path": "MARK"}}},
-    {"teacher": {"_target_": "teachers.simulated.SimulatedTeacher", "seed": "${oc.env:HOME}"}},
-    {"callbacks": [{"_target_": "os.mkdir", "path": "MARK"}]},
-    {"callbacks": [[{"_target_": "os.mkdir", "path": "MARK"}]]},
-    {"logger": {"_target_": "builtins.exec", "_args_": ["import os; os.mkdir('MARK')"]}},
-    {"query": {"_target_": "functools.partial", "_args_": ["os.mkdir"]}},
-    {"agent": {"_target_": "pbrl.agent.sac.PreferenceSAC", "policy": "MlpPolicy", "env": "payload:X-v0"}},
-    {"env": {"_target_": "envs.gym.GymEnv", "id": "payload:X-v0"}},
-    {"callbacks": [{"_target_": "stable_baselines3.common.callbacks.EvalCallback", "eval_env": "payload:X-v0"}]},
-    {"teacher": {"_target_": "teachers.http.HTTPTeacher", "url": "http://127.0.0.1:1/"}},
-]
-
-
-@pytest.mark.parametrize("changes", MALICIOUS, ids=lambda c: json.dumps(c, default=str)[:60])
-def test_a_stored_config_calls_nothing_but_this_project_s_classes(
-    stored: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    text = yaml.safe_dump({**yaml.safe_load((stored / "config.yaml").read_text()), **changes})
-    (stored / "config.yaml").write_text(text.replace("MARK", str(tmp_path / "mark")))
-    with pytest.raises(ConfigError, match=r"may name; if you know it|plain values only"):
-        resume(stored)
-    assert not (tmp_path / "mark").exists()
 
 
 def test_an_own_part_is_called_when_it_is_trusted(stored: Path) -> None:
@@ -254,17 +294,6 @@ def test_the_name_of_an_option_cannot_lead_out_of_the_folder_of_runs(
     cfg, choices = config("env=pointmass")
     with pytest.raises(ConfigError, match="would lead out of the folder of runs"):
         build(cfg, {**choices, "env": name}, [])
-
-
-def test_a_manifest_cannot_name_files_elsewhere(stored: Path, tmp_path: Path) -> None:
-    newest = sorted((stored / "checkpoints").iterdir())[-1]
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (tmp_path / "state.pt").write_bytes(b"elsewhere")
-    manifest["files"]["../../../state.pt"] = manifest["files"].pop("state.pt")
-    manifest.pop("sha256")
-    manifest["sha256"] = pbrl.records.checkpoint._digest(manifest)
-    (newest / "manifest.json").write_text(json.dumps(manifest))
-    assert load_latest(stored).folder == newest  # the name's last part is what is checked: its own state.pt
 
 
 @pytest.mark.parametrize("member", ["../../evil.npy", "/tmp/evil.npy", "obs/../../evil.npy"])

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pbrl.agent.exploration import StateEntropy
+from pbrl.files import printable
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
 from pbrl.records.checkpoint import Loaded, StepLog, global_generators, restore_global_generators, save_checkpoint
 from pbrl.records.diary import Diary
 from pbrl.records.wire import pack_query, unpack_query
 from pbrl.rollouts import Rollouts
-from pbrl.schedule import Due
+from pbrl.schedule import NEVER, Due
 from pbrl.types import Query, Segments
 
 
@@ -88,6 +90,7 @@ def restore(loop: Running, loaded: Loaded) -> None:
     """Put everything back where `save` found it."""
     parts, agent = loop.parts, loop.parts.agent
     run, replay = loaded.run, agent.replay_buffer
+    _check(run, replay.buffer_size, [log.written for log in loop.step_logs])
     parts.rollouts.load_state(run["rollouts"])
     if not agent.load_state(loaded.state["agent"]):
         parts.rollouts.interrupt()
@@ -113,6 +116,31 @@ def restore(loop: Running, loaded: Loaded) -> None:
     restore_global_generators(loaded.state["generators"])
     parts.journal.position = run["journal"]
     parts.loggers.local.truncate(run["metrics_bytes"])
+
+
+def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
+    """Refuse what no run can have written, rather than fail on it hours later.
+
+    Raises:
+        ValueError: naming the number of run.json.
+    """
+    rollouts, (pos, full) = run["rollouts"], run["replay"]
+    counts = {name: run[name] for name in ("step", "sessions", "journal", "metrics_bytes")} | run["due"]
+    counts |= {name: rollouts[name] for name in ("total", "episodes", "running_length")} | {"replay": pos}
+    counts |= {f"fresh[{index}]": value for index, value in enumerate(run["fresh"])}
+    for name, value in counts.items():
+        if type(value) is not int or not 0 <= value <= NEVER:
+            raise ValueError(f"run.json: {name} is {printable(value)}; expected a count")
+    if any(rows != rollouts["total"] for rows in written):
+        raise ValueError(f"run.json counts {rollouts['total']} steps, the manifest {written}")
+    numbers = {"seconds": run["seconds"], "running_return": rollouts["running_return"]}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"run.json: {name} is {printable(value)}; expected a number")
+    if pos >= replay_size or type(full) is not bool or type(run["pretrained"]) is not bool:
+        raise ValueError(f"run.json: replay is {printable(run['replay'])}, pretrained {printable(run['pretrained'])}")
+    if not isinstance(run["last"], dict) or any(isinstance(value, dict | list) for value in run["last"].values()):
+        raise ValueError("run.json: last is no table of plain values")
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

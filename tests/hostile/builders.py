@@ -1,0 +1,168 @@
+"""Malicious files that cannot be written down as text: each builder changes a copy of a good run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pbrl.records.checkpoint
+
+BOMB = 2**28  # bytes that a bomb of a few hundred kB unpacks to
+
+
+class Payload:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def poison(run: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change this file of every checkpoint, with sums that fit: a stranger can compute them too."""
+    for folder in (run / "checkpoints").iterdir():
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").unlink()
+        pbrl.records.checkpoint._write_manifest(folder, manifest["step"], manifest["steps"])
+
+
+def edit_manifest(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change every manifest, with a digest that fits."""
+    for folder in (run / "checkpoints").iterdir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest.pop("sha256")
+        change(manifest)
+        manifest["sha256"] = pbrl.records.checkpoint._digest(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def npz(compression: int = zipfile.ZIP_STORED, **members: Any) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, value in members.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asanyarray(value))
+            archive.writestr(f"{name}.npy", member.getvalue())
+    return buffer.getvalue()
+
+
+def alias_bomb(run: Path, mark: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with (run / "config.yaml").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def pickle_state(run: Path, mark: Path) -> None:
+    poison(run, "state.pt", lambda data: pickle.dumps(Payload(mark)))
+
+
+def torch_state(run: Path, mark: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"agent": Payload(mark)}, buffer)
+    poison(run, "state.pt", lambda data: buffer.getvalue())
+
+
+def bomb_state(run: Path, mark: Path) -> None:
+    """Every record of the torch file deflated; one of them unpacks to BOMB zeros."""
+
+    def deflated(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+            for member in old.infolist():
+                new.writestr(member.filename, old.read(member))
+            new.writestr(old.namelist()[0].partition("/")[0] + "/data/999", bytes(BOMB))
+        return buffer.getvalue()
+
+    poison(run, "state.pt", deflated)
+
+
+def object_arrays(run: Path, mark: Path) -> None:
+    poison(run, "arrays.npz", lambda data: npz(replay_rewards=np.array([Payload(mark)], dtype=object)))
+
+
+def bomb_arrays(run: Path, mark: Path) -> None:
+    poison(run, "arrays.npz", lambda data: npz(zipfile.ZIP_DEFLATED, replay_rewards=np.zeros(BOMB, np.uint8)))
+
+
+def overlapping_arrays(run: Path, mark: Path) -> None:
+    """A thousand entries of the directory that all name the same bytes."""
+
+    def overlapped(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("a.npy", bytes(10_000))
+            (member,) = archive.infolist()
+            for _ in range(1000):
+                archive.filelist.append(member)
+        return buffer.getvalue()
+
+    poison(run, "arrays.npz", overlapped)
+
+
+def huge_array(run: Path, mark: Path) -> None:
+    """A header that promises an exabyte."""
+    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000, 100), }"
+    text = header.ljust(117).encode() + b"\n"
+    member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+    def promised(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("replay_rewards.npy", member)
+        return buffer.getvalue()
+
+    poison(run, "arrays.npz", promised)
+
+
+def manifest_elsewhere(run: Path, mark: Path) -> None:
+    def elsewhere(manifest: dict[str, Any]) -> None:
+        manifest["files"]["../../../../../../etc/passwd"] = manifest["files"].pop("state.pt")
+
+    edit_manifest(run, elsewhere)
+
+
+def manifest_nested(run: Path, mark: Path) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "manifest.json").write_text("[" * 200_000)
+
+
+def manifest_rows(run: Path, mark: Path) -> None:
+    edit_manifest(run, lambda manifest: manifest["steps"]["replay"].update(rows=10**30))
+
+
+def manifest_negative(run: Path, mark: Path) -> None:
+    edit_manifest(run, lambda manifest: manifest["steps"]["replay"].update(rows=-5))
+
+
+def other_shapes(run: Path, mark: Path) -> None:
+    def reshaped(data: bytes) -> bytes:
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        state["agent"]["policy"] = {name: torch.zeros(3) for name in state["agent"]["policy"]}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    poison(run, "state.pt", reshaped)
+
+
+def odd_names(run: Path, mark: Path) -> None:
+    folder = run / "checkpoints"
+    for name in ("step_evil", "step_000000000999.evil", "step_99999999999999999999", ".step_evil.tmp", "damaged_step"):
+        (folder / name).mkdir()
+        (folder / name / "kept").write_text("kept")
+    (folder / "step_000000000998").write_text("a file")
+    (folder / "step_\x1b[2J").mkdir()
