@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 YAML_BYTES = 262_144  # of a config: forty times a long one
+YAML_DEPTH = 50  # tables within tables
 SHOWN = 300  # characters of a stranger's text in one line on the terminal
 
 
@@ -155,8 +156,11 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"it has more than {YAML_BYTES} bytes")
     try:
         text = content.decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it refers to its own parts (YAML aliases)")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # one by one: deep nesting takes quadratic time
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > YAML_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it refers to its own parts (YAML aliases), or is nested too deeply")
         loaded: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (ValueError, RecursionError, OverflowError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(printable(" ".join(str(error).split()))) from error

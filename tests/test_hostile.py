@@ -23,10 +23,13 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from pbrl import compare, evaluate
+from pbrl import compare, evaluate, export
+from pbrl.comparing.runs import ComparisonError, find_runs
 from pbrl.launch.build import build
-from pbrl.launch.configuration import ConfigError
+from pbrl.launch.configuration import ConfigError, options
+from pbrl.launch.constructors import needs_trust
 from pbrl.launch.one_run import run
 from pbrl.launch.stored import lock, read_config
 from pbrl.loop import Loop, Stopped
@@ -185,9 +188,11 @@ def outcome(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> s
     return line
 
 
+@pytest.mark.parametrize("every_command", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack["name"])
 def test_an_attack_is_refused_in_a_line_or_does_nothing(
     attack: dict[str, Any],
+    every_command: bool,
     stored: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -207,13 +212,28 @@ def test_an_attack_is_refused_in_a_line_or_does_nothing(
         assert resumed is not None and attack["says"] in resumed, resumed
     else:
         assert resumed is None
-    looked = outcome(lambda: evaluate.main([str(stored), "--episodes", "1"]), capsys)
-    assert looked is None or resumed is not None
-    outcome(lambda: compare.main([str(stored), "--out", str(tmp_path / "out"), "--repetitions", "10"]), capsys)
-    outcome(lambda: preferences_main(["export", str(stored), str(tmp_path / "out.npz")]), capsys)
+    if every_command:
+        looked = outcome(lambda: evaluate.main([str(stored), "--episodes", "1"]), capsys)
+        assert looked is None or resumed is not None
+        outcome(lambda: export.main([str(stored), "--to", str(tmp_path / "exported")]), capsys)
+        outcome(lambda: preferences_main(["export", str(stored), str(tmp_path / "out.npz")]), capsys)
+        if resumed is not None:
+            assert all(line.isprintable() for line in damaged_runs(stored))
+        else:
+            outcome(lambda: compare.main([str(stored), "--out", str(tmp_path / "out"), "--repetitions", "9"]), capsys)
     assert contents(outside) == before
     assert not mark.exists()
     assert "payload" not in sys.modules
+
+
+def damaged_runs(folder: Path) -> list[str]:
+    """What `pbrl.compare` says of runs that it leaves out."""
+    damaged: list[str] = []
+    try:
+        find_runs([folder], damaged)
+    except ComparisonError as error:
+        damaged.append(str(error))
+    return damaged
 
 
 def test_the_table_of_attacks_is_long() -> None:
@@ -227,6 +247,39 @@ def test_the_table_of_attacks_is_long() -> None:
 def edit(stored: Path, **changes: Any) -> None:
     path = stored / "config.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+NEEDED = {
+    "http": ["teacher.url=http://x/"],
+    "http-frames": ["teacher.url=http://x/"],
+    "recorded": ["teacher.path=x.npz"],
+    "metaworld": ["env.task=hammer"],
+    "dm_control": ["env.domain=hopper", "env.task=hop"],
+    "gymnasium": ["env.id=Pendulum-v1"],
+}
+
+
+def check_shipped(group: str, tmp_path: Path) -> None:
+    """The stored configs of all options of a group are read; only addresses and files elsewhere need trust."""
+    for option in options(group):
+        cfg, choices = config(f"{group}={option}", *NEEDED.get(option, []))
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(plain, dict)
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**plain, "choices": choices})))
+        trust = needs_trust(plain, tmp_path)
+        assert trust == [value.partition("=")[2] for value in NEEDED.get(option, []) if group == "teacher"]
+        read_config(tmp_path, trust)
+
+
+@pytest.mark.parametrize("group", ["teacher", "reward", "query", "logger"])
+def test_what_the_shipped_options_store_is_read_again(group: str, tmp_path: Path) -> None:
+    check_shipped(group, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["env", "agent", "updater", "experiment"])
+def test_what_all_other_shipped_options_store_is_read_again(group: str, tmp_path: Path) -> None:
+    check_shipped(group, tmp_path)
 
 
 def test_an_own_part_is_called_when_it_is_trusted(stored: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,15 @@ MORE = {
 }
 
 
+REMEMBERING = "teacher._target_=experiments.faults.parts.Remembering"
+TEACHERS = {
+    "noisy": ["teacher=noisy"],
+    "mistake": ["teacher=mistake", "teacher.mistake=0.3"],
+    "remembering": [REMEMBERING],
+    "function": ["teacher._target_=experiments.faults.parts.prefers_less_motion"],
+}
+
+
 class Crash(Exception):
     """Stands for a kill: nothing is saved after it."""
 
@@ -60,7 +70,11 @@ class Crash(Exception):
 def made(run_dir: Path, *more: str, resume: bool = False) -> Loop:
     """A loop that is ready to run."""
     tiny = [option for option in TINY if "updater=oracle" not in more or not option.startswith("updater.")]
-    there = [f"resume={run_dir}", "trust=[tests.test_resume]"] if resume else [*tiny, f"run_dir={run_dir}"]
+    there = (
+        [f"resume={run_dir}", "trust=[tests.test_resume,experiments.faults.parts]"]
+        if resume
+        else [*tiny, f"run_dir={run_dir}"]
+    )
     overrides = [*there, *more]
     with initialize_config_module("pbrl.conf", version_base="1.3"):
         cfg = compose("train", overrides=overrides)
@@ -188,16 +202,23 @@ def test_a_run_interrupted_again_and_again_equals_the_uninterrupted_one(
     assert differences(reference, tmp_path / "b") == []
 
 
+def asked(run: Path) -> list[str]:
+    """The queries of the journal, in order."""
+    return [json.loads(line)["query"] for line in (run / "answers.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("updater", [*sorted(set(options("updater")) - {"oracle"}), "fresh"])
-def test_every_updater_resumes_exactly(tmp_path: Path, updater: str, seed: int) -> None:
+def test_every_updater_resumes_exactly_with_every_teacher(tmp_path: Path, updater: str, teacher: str) -> None:
     name = "pebble" if updater == "fresh" else updater
-    more = [f"updater={name}", f"seed={seed}", "teacher=noisy", "query=k-center-entropy", *MORE.get(updater, [])]
-    more += ["total_steps=2600", "feedback.budget=200"]
+    more = [f"updater={name}", *TEACHERS[teacher], "query=k-center-entropy", *MORE.get(updater, [])]
+    more += ["total_steps=1900", "feedback.budget=150"]
     reference = finish(made(tmp_path / "a", *more))
-    assert interrupted(tmp_path / "b", np.random.default_rng(seed), 20, *more) == 20
+    assert interrupted(tmp_path / "b", np.random.default_rng(len(updater)), 14, *more) == 14
     assert differences(reference, tmp_path / "b") == []
+    assert asked(tmp_path / "b") == asked(reference)
+    assert len(set(asked(reference))) == len(asked(reference))
 
 
 @pytest.mark.slow
@@ -233,31 +254,6 @@ class GlobalTeacher:
     def __call__(self, query: Query) -> Answer:
         draws = [random.random() + np.random.rand() + float(torch.rand(())) for _ in range(len(query))]  # noqa: NPY002
         return Answer((torch.tensor(draws) > 1.5).float(), torch.ones(len(query), dtype=torch.bool))
-
-
-class Remembering:
-    """A user's teacher whose answers depend on all earlier ones; its state is its own, growing list."""
-
-    def __init__(self) -> None:
-        self.said: list[float] = []
-
-    def __call__(self, query: Query) -> Answer:
-        for i in range(len(query)):
-            noise = np.sin(1e3 * (sum(self.said) + float(query.first.obs[i].sum() - query.second.obs[i].sum())))
-            self.said.append(float(noise > 0))
-        return Answer(torch.tensor(self.said[-len(query) :]), torch.ones(len(query), dtype=torch.bool))
-
-    def metrics(self) -> dict[str, float]:
-        return {"teacher/said": sum(self.said)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"said": self.said}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.said = state["said"]
-
-
-REMEMBERING = "teacher._target_=tests.test_resume.Remembering"
 
 
 def test_a_teacher_interrupted_while_answering_goes_on_from_before_that_query(

@@ -29,6 +29,7 @@ import numpy as np
 
 from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
+from pbrl.launch.configuration import options as options_of
 from pbrl.records.checkpoint import load_latest, non_finite
 
 PARTS = "experiments.faults.parts"
@@ -36,7 +37,7 @@ TEACHER = [f"teacher._target_={PARTS}.FailingTeacher"]
 SIMULATOR = [f"env._target_={PARTS}.FailingPointMass"]
 CALLBACK = [f"callbacks=[{{_target_:{PARTS}.PoisonedGradient}}]"]
 UPDATER = [f"updater._target_={PARTS}.PoisonedPebble"]
-READY = "pointmass ·"  # printed when everything is built, and restored
+READY = " thread(s) ·"  # printed when everything is built, and restored
 
 
 @dataclass
@@ -115,12 +116,12 @@ def labels(run: Path) -> int:
     return sum(line.endswith(b"\n") for line in (run / "answers.jsonl").read_bytes().splitlines(keepends=True))
 
 
-def kills(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
+def kills(lab: Laboratory, count: int, rng: np.random.Generator, about: str = "", *options: str) -> None:
     """kill −9 at random moments, thirteen or so to a run, each followed by a resume."""
-    with lab.row("kill -9 at a random moment") as row:
+    with lab.row("kill -9 at a random moment" + about) as row:
         inside_save = before_first = lost = seed = 0
         while row.times < count:
-            run, more = lab.new(), [f"seed={seed}"]
+            run, more = lab.new(), [f"seed={seed}", *options]
             seed += 1
             arguments, answered = fresh(run, *more), 0
             for _ in range(13):
@@ -148,6 +149,20 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
         if lost:
             row.outcomes.append(f"LOST answers {lost} times")
         row.detail = f"{inside_save} inside a save, {before_first} before the first; answers lost: {lost}"
+
+
+def matrix(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
+    """The same for every updater and three kinds of teachers, and once on a real simulator."""
+    judges = {
+        "mistake": ["teacher=mistake"],
+        "remembering": [f"teacher._target_={PARTS}.Remembering"],
+        "function": [f"teacher._target_={PARTS}.prefers_less_motion"],
+    }
+    for updater in sorted(set(options_of("updater")) - {"oracle"}):
+        smooth = ["reward.activation=silu"] if updater in ("aparl", "penalty") else []
+        for name, judge in judges.items():
+            kills(lab, count, rng, f", {updater}, {name}", f"updater={updater}", *smooth, *judge)
+    kills(lab, count, rng, ", walker-walk", "env=walker-walk", "env.horizon=120")
 
 
 def _saving(run: Path) -> bool:
@@ -400,6 +415,7 @@ def main() -> int:
         lab = Laboratory(Path(folder))
         groups: dict[str, Callable[[], None]] = {
             "kills": lambda: kills(lab, options.kills, rng),
+            "matrix": lambda: matrix(lab, min(options.kills, 10), rng),
             "interrupts": lambda: interrupts(lab, rng),
             "files": lambda: files(lab, rng),
             "teachers": lambda: teachers(lab),

@@ -47,6 +47,34 @@ class FailingTeacher(SimulatedTeacher):
         return answer
 
 
+class Remembering:
+    """Answers that depend on all earlier ones; the state is the teacher's own list, which grows while it answers."""
+
+    def __init__(self) -> None:
+        self.said: list[float] = []
+
+    def __call__(self, query: Query) -> Answer:
+        for i in range(len(query)):
+            gap = float(query.first.obs[i].sum() - query.second.obs[i].sum())
+            self.said.append(float(np.sin(1e3 * (sum(self.said) + gap)) > 0))
+        return Answer(torch.tensor(self.said[-len(query) :]), torch.ones(len(query), dtype=torch.bool))
+
+    def metrics(self) -> dict[str, float]:
+        return {"teacher/said": sum(self.said)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"said": self.said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.said = state["said"]
+
+
+def prefers_less_motion(query: Query) -> Answer:
+    """A teacher that is a function."""
+    first, second = (side.actions.square().sum((1, 2)) for side in (query.first, query.second))
+    return Answer((first < second).float(), torch.ones(len(query), dtype=torch.bool))
+
+
 class FailingPointMass(PointMass):
     """Returns NaN as observation or reward (nan-obs, nan-reward) in the 31st step of its episodes, `at` steps on."""
 

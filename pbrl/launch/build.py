@@ -42,6 +42,7 @@ from pbrl.schedule import Evaluation, Feedback, Pretraining
 from pbrl.types import Environment, Teacher
 
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "metaworld", "mujoco", "dm-control", "numpy", "scipy")
+MOST_THREADS = 1024
 Made = TypeVar("Made")
 
 
@@ -58,10 +59,15 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         cfg = check_resumed(stored, overrides)
         check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
+    if (cfg.threads or 1) > MOST_THREADS:  # torch would start them all
+        raise ConfigError(f"threads={cfg.threads}; expected at most {MOST_THREADS}, or null for all cores")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     set_random_seed(cfg.seed)  # the global generators: no part here uses them, a user's own may
     parts_of = _Builder(cfg, choices, run_dir)
-    loop = parts_of.loop()
+    try:
+        loop = parts_of.loop()
+    except MemoryError as error:
+        raise ConfigError(f"not enough memory: {printable(error)}") from error
     if resume is None:
         planned = plan_in_words(loop)
         _refuse(lambda: _write_origin(run_dir, cfg, choices, overrides))
@@ -78,8 +84,9 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         _compare_configs(run_dir)
         if cfg != stored:  # `resume=RUN total_steps=…`: the next `resume=RUN` goes on to there as well
             _refuse(lambda: _write_config(run_dir, cfg, choices))
+    named = [printable(choices.get(group, group), 60) for group in ("env", "updater")]
     print(
-        f"{choices.get('env', 'env')} · {choices.get('updater', 'updater')} · teacher {_teacher(loop, choices)} · "
+        f"{' · '.join(named)} · teacher {printable(_teacher(loop, choices), 60)} · "
         f"seed {cfg.seed} · {_device_in_words(cfg.device, loop.agent.device)}, {torch.get_num_threads()} thread(s) · "
         f"{run_dir}" + (f" · resumed at step {loop.step}" if resume else "")
     )

@@ -33,6 +33,7 @@ CALLBACKS = frozenset(
 SAME_AS = {"inner": "updater", "callback": "callbacks"}  # keys that hold what others hold
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}  # hosts that only this machine reaches
 REACHING = {"url", "host", "path", "oracle", "import_preferences"}  # keys of texts that name something outside the run
+HARMLESS = {"_recursive_"}  # of Hydra's own keys: whether inner nodes are made at once
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -147,7 +148,7 @@ def _check_node(where: Path, name: str, key: str, node: Any, trust: Sequence[str
     hints = type_hints(found)
     known = set(inspect.signature(found).parameters) - passed
     for part, value in node.items():
-        if part == "_target_":
+        if part == "_target_" or (part in HARMLESS and isinstance(value, bool)):
             continue
         if part not in known:
             raise ConfigError(f"{where}: {printable(target)} takes no {name}.{printable(part)} from a stored config")
@@ -178,8 +179,9 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) is hint or (hint is float and type(value) is int) or (hint is None and value is None)
     if origin in (list, collections.abc.Sequence):
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if isinstance(value, dict) and isinstance(value.get("_target_"), str):
+        return True  # it has been checked on its own
     if origin in (dict, collections.abc.Mapping):
-        return isinstance(value, dict) and all(
-            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
-        )
-    return value is None or (isinstance(value, dict) and isinstance(value.get("_target_"), str))
+        key, held = arguments
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, held) for k, v in value.items())
+    return value is None
