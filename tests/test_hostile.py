@@ -139,11 +139,19 @@ def unpacked(value: Any, mark: str) -> Any:
 ATTACKS = yaml.safe_load((ROOT / "tests" / "hostile" / "attacks.yaml").read_text())
 
 
+def merged(good: Any, value: Any) -> Any:
+    """A new node as it stands; one of the same constructor keeps the good arguments that it does not name."""
+    if isinstance(good, dict) and isinstance(value, dict) and value.get("_target_", 0) in (0, good.get("_target_")):
+        return good | value
+    return value
+
+
 def attacked(run: Path, attack: dict[str, Any], outside: Path, mark: Path) -> None:
     """Do to the folder of a run what a row of the table says."""
     attack = unpacked(attack, str(mark))
     if "set" in attack:
-        edit(run, **attack["set"])
+        good = yaml.safe_load((run / "config.yaml").read_text())
+        edit(run, **{key: merged(good.get(key), value) for key, value in attack["set"].items()})
     if "text" in attack:
         (run / attack["text"][0]).write_text(attack["text"][1])
     if "run" in attack:

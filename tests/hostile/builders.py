@@ -17,7 +17,7 @@ import torch
 
 import pbrl.records.checkpoint
 
-BOMB = 2**28  # bytes that a bomb of a few hundred kB unpacks to
+BOMB = 2**25  # bytes that a bomb of some 30 kB unpacks to
 
 
 class Payload:
