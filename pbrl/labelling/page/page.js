@@ -163,7 +163,8 @@ function idle() {
   at("doing").textContent = finished ? "Training has finished. Thank you." :
     training.phase === "labelling" ? "Everything is answered. Thank you." :
     others ? "Waiting for the other people's answers." :
-    open > 0 ? "All answered: training goes on in a moment." : "The robot is practising.";
+    open > 0 && state.wait ? "All answered: training goes on in a moment." :
+    open > 0 ? "All answered. The robot is practising; new questions come by themselves." : "The robot is practising.";
   at("trained").hidden = training.total === undefined;
   if (training.total !== undefined && training.step !== undefined) {
     at("trained").value = training.step / training.total;
