@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from stable_baselines3.common.env_checker import check_env
 
 import pbrl.conf
@@ -22,6 +21,7 @@ from envs.dm_control import DMControl
 from envs.gym import GymEnv
 from envs.metaworld import MetaWorld
 from envs.pointmass import PointMass, optimal_action, optimal_return
+from tests.conftest import config
 
 CONFIGS = sorted((Path(pbrl.conf.__file__).parent / "env").glob("*.yaml"))
 BLANKS = {  # what the generic configs leave to the user
@@ -60,7 +60,8 @@ def play(env: SimulatorEnv, steps: int, seed: int = 0, pictures: bool = False) -
 
 
 def config_env(path: Path) -> SimulatorEnv:
-    return instantiate(OmegaConf.merge(OmegaConf.load(path), BLANKS.get(path.stem, {})))
+    blanks = [f"env.{key}={value}" for key, value in BLANKS.get(path.stem, {}).items()]
+    return instantiate(config(f"env={path.stem}", *blanks)[0].env)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -275,8 +276,8 @@ def test_the_point_masss_optimum_is_optimal():
         (lambda: GymEnv("Pendulm-v1"), r"'Pendulm-v1'; did you mean Pendulum-v1.*pprint_registry"),
         (lambda: MetaWorld("door-open", reward_version="v3"), r"'v3'; expected 'v1' or 'v2'"),
         (lambda: PointMass(horizon=0), "horizon is 0; expected at least 1"),
-        (lambda: GymEnv("CartPole-v1"), "CartPole-v1 has actions in Discrete"),
-        (lambda: GymEnv("FrozenLake-v1"), "FrozenLake-v1 observes Discrete"),
+        (lambda: GymEnv("CartPole-v1"), r"id=CartPole-v1: it acts in Discrete.*expected continuous actions"),
+        (lambda: GymEnv("FrozenLake-v1"), r"id=FrozenLake-v1: it observes Discrete.*expected a Box"),
     ],
 )
 def test_wrong_arguments_are_named_with_a_way_out(make, message):
