@@ -205,7 +205,7 @@ def test_what_cannot_be_restored_counts_as_damaged_and_is_set_aside(tmp_path: Pa
 
 @pytest.mark.parametrize("key", ["rollouts", "journal"])
 def test_a_key_missing_in_run_json_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
-    loop = tiny_loop(tmp_path / "run", "total_steps=100", "eval.every=1000")
+    loop = tiny_loop(tmp_path / "run", "total_steps=250", "eval.every=1000")
     loop.save()
     loop.save()
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]

@@ -129,7 +129,7 @@ def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
     counts |= {name: rollouts[name] for name in ("total", "episodes", "running_length")} | {"replay": pos}
     counts |= {f"fresh[{index}]": value for index, value in enumerate(run["fresh"])}
     for name, value in counts.items():
-        if type(value) is not int or not 0 <= value <= NEVER:
+        if type(value) is not int or not -1 <= value <= NEVER:  # −1: never yet
             raise ValueError(f"run.json: {name} is {printable(value)}; expected a count")
     if any(rows != rollouts["total"] for rows in written):
         raise ValueError(f"run.json counts {rollouts['total']} steps, the manifest {written}")
