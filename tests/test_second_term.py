@@ -222,10 +222,11 @@ def test_behind_a_closed_gate_it_leaves_the_run_as_it_was(estimator, tmp_path):
             tmp_path / name,
             "updater=aparl",
             "feedback.fresh_steps=100",
-            "total_steps=320",
+            "total_steps=500",
             "updater.gate.error=1e-9",
             f"updater.implicit.estimator={name}",
             "updater.implicit.rows=64",
+            "updater.implicit.trajectory_length=10",
             "updater.implicit.actions=2",
         )
         summary = finish(loop)
