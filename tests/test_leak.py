@@ -33,7 +33,8 @@ def test_training_does_not_notice_when_the_task_reward_is_poisoned(tmp_path: Pat
     poisoned.parts.teacher = Poisoner(poisoned, poisoned.parts.teacher)
     finish(clean)
     finish(poisoned)
-    reports = ("reward/rank_correlation", "reward/true_per_step", "reward/gap")  # of the true reward: they must notice
+    # of the true reward: they must notice
+    reports = ("reward/rank_correlation", "reward/recent_accuracy", "reward/true_per_step", "reward/gap")
     strip = [
         {k: v for k, v in row.items() if k not in reports and not k.startswith("teacher/")}
         for row in rows(tmp_path / "a")
