@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +38,8 @@ def ask(
 
     If the journal holds the answer already (the run was killed after it), it is returned, the teacher's state
     after it is restored, and the teacher is not asked. Labels of skipped pairs are returned as 0.5. A `durable`
-    teacher keeps what is as good as a journal.
+    teacher keeps what is as good as a journal. A teacher that is a generator yields one label a pair (None: skipped);
+    each is in the journal, as the answer to a query of one pair, before the next is asked for.
 
     Raises:
         TeacherError: if the teacher raises (the original is its `__cause__`) or its answer is malformed.
@@ -47,34 +48,87 @@ def ask(
     name = name_of(teacher)
     if teacher.durable:
         return _answered(teacher, query, on_asking, name)
-    known = journal.recall(query)
-    if known is not None:
-        answer, state = known
+    begin, pieces, asked = journal.position, [], 0
+    while asked < len(query) and (known := journal.recall(query[asked:]) or journal.recall(query[asked : asked + 1])):
+        piece, state = known
         if state is not None:
             teacher.load_state_dict(state)
-        return answer
+        pieces.append(piece)
+        asked += len(piece)
+    try:
+        if asked < len(query):
+            pieces.append(_ask(teacher, query[asked:], journal, on_asking, name))
+    except BaseException:
+        journal.position = begin  # what was given one by one is recalled when the query is put again
+        raise
+    return _joined(pieces)
+
+
+def _ask(
+    teacher: Teacher, query: Query, journal: AnswerJournal, on_asking: Callable[[bool], None], name: str
+) -> Answer:
+    """The answer of a teacher who must really be asked, written down."""
     with journal.room_for(query):
         answer = _answered(teacher, query, on_asking, name)
-        state = teacher.state_dict()
-        try:
-            journal.append(query, answer, state)
-        except (TypeError, ValueError) as error:
-            raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
-    return answer
+        if isinstance(answer, Answer):
+            _write_down(teacher, query, answer, journal, name)
+            return answer
+    pieces: list[Answer] = []
+    with contextlib.closing(answer):
+        for pair in range(len(query)):
+            one = query[pair : pair + 1]
+            with journal.room_for(one):
+                pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
+                _write_down(teacher, one, pieces[-1], journal, name)
+    return _joined(pieces)
 
 
-def _answered(teacher: Teacher, query: Query, on_asking: Callable[[bool], None], name: str) -> Answer:
-    """The teacher's checked answer; labels of skipped pairs are 0.5."""
+def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal, name: str) -> None:
+    try:
+        journal.append(query, answer, teacher.state_dict())
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
+
+
+def _answered(teacher: Teacher, query: Query, on_asking: Callable[[bool], None], name: str) -> Any:
+    """The teacher's checked answer, labels of skipped pairs 0.5; or the generator that will give it."""
     try:
         on_asking(True)
-        answer = teacher(query)
+        answer: Any = teacher(query)
     except Exception as error:
         raise TeacherError(f"teacher {name} failed on a query of {len(query)} pairs: {error}") from error
     finally:
         on_asking(False)
+    if isinstance(answer, Generator) and not teacher.durable:
+        return answer
     check_answer(answer, query, name)
     given = answer.given.cpu()
     return Answer(answer.prefers_first.detach().cpu().where(given, torch.tensor(0.5)), given)
+
+
+def _next_answer(labels: Any, pair: int, pairs: int, on_asking: Callable[[bool], None], name: str) -> Answer:
+    """The next label of a generator, as the answer to one pair."""
+    try:
+        on_asking(True)
+        label = next(labels)
+    except StopIteration:
+        raise TeacherError(f"teacher {name} yielded {pair} labels to {pairs} pairs") from None
+    except Exception as error:
+        raise TeacherError(f"teacher {name} failed on pair {pair} of {pairs}: {error}") from error
+    finally:
+        on_asking(False)
+    if label is not None and not (type(label) in (int, float) and 0 <= label <= 1):
+        raise TeacherError(
+            f"teacher {name} yielded {label!r} for pair {pair}; expected a number in [0, 1] "
+            "(1 first, 0 second, 0.5 equally good), or None to skip the pair"
+        )
+    return Answer(torch.tensor([0.5 if label is None else float(label)]), torch.tensor([label is not None]))
+
+
+def _joined(pieces: list[Answer]) -> Answer:
+    if len(pieces) == 1:
+        return pieces[0]
+    return Answer(torch.cat([p.prefers_first for p in pieces]), torch.cat([p.given for p in pieces]))
 
 
 def check_answer(answer: Any, query: Query, teacher: str) -> None:

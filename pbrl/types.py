@@ -173,7 +173,11 @@ class Teacher(ABC):
 
     @abstractmethod
     def __call__(self, query: Query) -> Answer:
-        """One answer for each pair. What it raises stops the run after saving; the query is put again on resume."""
+        """One answer for each pair. What it raises stops the run after saving; the query is put again on resume.
+
+        It may instead be a generator that yields one label a pair, in [0, 1] or None to skip: each is on the disk
+        before the next is asked for, and only what was not yet answered is put again.
+        """
 
     wait: bool = True  # training waits for the answers; False: it goes on, and the loop calls `post` and `collect`
     needs_states: bool = False  # asks only about segments whose simulator state is known

@@ -1,7 +1,7 @@
 """Clips, drawn from stored simulator states: what a question keeps for it, and the process that draws.
 
-Drawing runs in a process of its own with low priority, so that neither the page nor training waits for it. It knows
-the environment by its config only.
+Drawing runs in a process of its own, so that neither the page nor training waits for it; while training goes on, it
+gives way to it. It knows the environment by its config only.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class Process:
 
     Args:
         env: config of the environment. size: width and height of one picture, pixels.
+        yields: to every other process: training goes on meanwhile.
     """
 
-    def __init__(self, env: Mapping[str, Any], size: int) -> None:
-        self.env, self.size = dict(env), size
+    def __init__(self, env: Mapping[str, Any], size: int, yields: bool = True) -> None:
+        self.env, self.size, self.yields = dict(env), size, yields
         self._lock = threading.Lock()
         self._process: Any = None
         self._pipe: Any = None
@@ -72,7 +73,7 @@ class Process:
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, self.env, self.size), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, self.env, self.size, self.yields), daemon=True)
         self._process.start()
         other.close()
         return self._receive()
@@ -112,11 +113,11 @@ class Process:
             self._process = None
 
 
-def _serve(pipe: Any, env_config: Mapping[str, Any], size: int) -> None:
+def _serve(pipe: Any, env_config: Mapping[str, Any], size: int, yields: bool) -> None:
     """The drawing process: builds its environment, draws what it is sent, ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "nice"):
-        os.nice(10)
+    if yields and hasattr(os, "nice"):
+        os.nice(19)
     try:
         from hydra.utils import instantiate
 

@@ -72,9 +72,9 @@ class Bucket:
 class Clips:
     """Draws questions in the drawing process, one at a time, and keeps the last ones."""
 
-    def __init__(self, store: LabelStore, env: dict[str, Any], size: int) -> None:
+    def __init__(self, store: LabelStore, env: dict[str, Any], size: int, yields: bool) -> None:
         self.store, self.size = store, size
-        self.drawing = drawing.Process(env, size)
+        self.drawing = drawing.Process(env, size, yields)
         self.thread = ThreadPoolExecutor(1)  # waits for the drawing process
         self.kept: OrderedDict[Any, asyncio.Future[bytes]] = OrderedDict()
         self.latest: tuple[int, bytes] | None = None  # the robot's last steps, by number
@@ -359,7 +359,7 @@ def main() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # malformed requests are no news
     try:
         store = LabelStore(settings["path"], settings["reviews"], settings["lease"], settings["repeats"])
-        clips = Clips(store, settings["env"], settings["size"])
+        clips = Clips(store, settings["env"], settings["size"], yields=not settings["wait"])
         bound = bind(settings["host"], settings["port"])
         port = bound.getsockname()[1]
         app = Labelling(settings, store, clips, own_hosts(settings["host"], port))
