@@ -267,11 +267,11 @@ def test_a_stopped_run_with_parts_of_its_own_goes_on_by_the_printed_line(parts: 
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    shown = shell(shlex.join(["python", "-m", "pbrl.train", *TINY, "total_steps=200", *own]))
+    shown = shell(shlex.join(["python", "-m", "pbrl.train", *TINY, "total_steps=300", *own]))
     watch = next(line.partition("watch it")[2] for line in shown.splitlines() if "watch it" in line)
-    assert "step 200" in shell(watch.strip().replace("--video", "--episodes 1"))
-    resume = f"{train_command(run, [parts])} total_steps=210"
-    assert "resumed at step 200" in shell(resume)
+    assert "step 300" in shell(watch.strip().replace("--video", "--episodes 1"))
+    resume = f"{train_command(run, [parts])} total_steps=310"
+    assert "resumed at step 300" in shell(resume)
     assert f"teacher._target_={parts}.Lazy" in (run / "command.txt").read_text()
 
 

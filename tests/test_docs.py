@@ -109,8 +109,8 @@ def test_the_readme_runs(words: list[str], workplace: Path, tiny_run: Path) -> N
     if words[2] == "pbrl.evaluate":
         words = [*words, "--episodes", "1"]
     if words[2] == "pbrl.compare":
-        (workplace / "runs").mkdir(exist_ok=True)
-        shutil.copytree(tiny_run, workplace / "runs" / "tiny", dirs_exist_ok=True)
+        shutil.rmtree(workplace / "runs", ignore_errors=True)  # of the other commands: the same seed with other settings
+        shutil.copytree(tiny_run, workplace / "runs" / "tiny")
     environment = {**os.environ, "PYTHONPATH": f"{workplace}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=workplace, env=environment, capture_output=True, text=True, timeout=900
