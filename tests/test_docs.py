@@ -109,7 +109,7 @@ def test_the_readme_runs(words: list[str], workplace: Path, tiny_run: Path) -> N
     if words[2] == "pbrl.evaluate":
         words = [*words, "--episodes", "1"]
     if words[2] == "pbrl.compare":
-        shutil.rmtree(workplace / "runs", ignore_errors=True)  # of the other commands: the same seed with other settings
+        shutil.rmtree(workplace / "runs", ignore_errors=True)  # other commands made runs of this seed
         shutil.copytree(tiny_run, workplace / "runs" / "tiny")
     environment = {**os.environ, "PYTHONPATH": f"{workplace}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
