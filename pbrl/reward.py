@@ -100,6 +100,10 @@ class RewardEnsemble(nn.Module):
         super().__init__()
         if members < max(lowest_of, 1):
             raise ValueError(f"reward.members={members}; expected at least {max(lowest_of, 1)}")
+        if min(hidden, default=1) < 1:
+            raise ValueError(f"reward.hidden={list(hidden)}; expected widths of at least 1")
+        if not learning_rate > 0:
+            raise ValueError(f"reward.learning_rate={learning_rate}; expected a positive number")
         self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
         choices: list[tuple[str, str, Iterable[str]]] = [
             ("activation", activation, ACTIVATIONS),

@@ -201,10 +201,10 @@ def test_critics_that_expect_too_much_are_reset_and_updates_follow() -> None:
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("agent.critics=3", "agent.critics=3 is out of range"),
+        ("agent.critics=3", "agent.critics=3; expected 1 or 2"),
         ("agent.blocks=1", "one width, such as"),
-        ("agent.n_steps=0", "agent.n_steps=0 is out of range"),
-        ("agent.weight_decay=-1.0", "agent.weight_decay=-1.0 is out of range"),
+        ("agent.n_steps=0", "agent.n_steps=0; expected at least 1"),
+        ("agent.weight_decay=-1.0", "agent.weight_decay=-1.0; expected at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(tmp_path: Path, option: str, reason: str) -> None:

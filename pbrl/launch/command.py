@@ -31,7 +31,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.launch.configuration import GROUPS, ConfigError, check, options, unknown
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options, unknown
 
 GRAMMAR = "expected KEY=VALUE; a value with spaces, commas, brackets or = is quoted twice: 'KEY=\"VALUE\"'"
 ALL_CHECKED = 32  # members of a sweep before its first run starts; of a larger one, each value of each swept key once
@@ -135,7 +135,7 @@ def rewrite(overrides: Sequence[Override]) -> list[str]:
 def _is_value(override: Override) -> bool:
     """Whether it sets a value of ours, rather than choosing an option of a group or configuring Hydra."""
     key = override.key_or_group
-    is_group = override.package is not None or "/" in key or key in (*GROUPS, "experiment", "launcher", "replaced")
+    is_group = override.package is not None or "/" in key or (CONF / key).is_dir()
     return not is_group and not key.startswith("hydra.")
 
 
