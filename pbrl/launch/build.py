@@ -236,9 +236,9 @@ class _Builder:
         return _refuse(lambda: wrap(made), group)
 
     def section(self, name: str, kind: Callable[..., Made]) -> Made:
-        check_arguments(name, OmegaConf.merge({"_target_": f"pbrl.schedule.{kind.__name__}"}, self.cfg[name]))
-        values = OmegaConf.to_container(self.cfg[name], resolve=True)
-        return _refuse(lambda: kind(**values), name, self.cfg[name])  # type: ignore[arg-type]
+        values: Any = OmegaConf.to_container(self.cfg[name], resolve=True)
+        check_arguments(name, OmegaConf.create({"_target_": f"pbrl.schedule.{kind.__name__}", **values}))
+        return _refuse(lambda: kind(**values), name, self.cfg[name])
 
     def loop(self) -> Loop:
         cfg = self.cfg
