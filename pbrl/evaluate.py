@@ -52,13 +52,19 @@ def load_parts(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC,
     for part in PARTS:
         check_arguments(part, cfg[part])
     loaded = load_latest(run_dir)
-    env = instantiate(cfg.env, _convert_="all")
-    agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")
-    agent.policy.load_state_dict(loaded.state["agent"]["policy"])
-    agent.num_timesteps = loaded.run["step"]
-    sizes = {"obs_dim": env.observation_space.shape[0], "act_dim": env.action_space.shape[0]}
-    reward = instantiate(cfg.reward, **sizes, seed=0, _convert_="all")
-    reward.load_state(loaded.state["reward"])
+    try:
+        env = instantiate(cfg.env, _convert_="all")
+        agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")
+        agent.policy.load_state_dict(loaded.state["agent"]["policy"])
+        agent.num_timesteps = loaded.run["step"]
+        sizes = {"obs_dim": env.observation_space.shape[0], "act_dim": env.action_space.shape[0]}
+        reward = instantiate(cfg.reward, **sizes, seed=0, _convert_="all")
+        reward.load_state(loaded.state["reward"])
+    except (
+        Exception
+    ) as error:  # a constructor, or weights that do not fit it: whatever a damaged folder makes them raise
+        cause = error.__cause__ or error
+        raise ConfigError(f"{run_dir} cannot be loaded: {' '.join(str(cause).split())[:200]}") from error
     return agent, env, reward
 
 
