@@ -125,7 +125,8 @@ def remove_folder(path: Path) -> None:
 def foreign_entry(folder: Path) -> str | None:
     """Why the folder of a run cannot be worked in: its first entry that is a link or no regular file, or None.
 
-    W&B keeps links of its own in RUN/wandb; those that stay in there are fine.
+    W&B keeps links of its own in RUN/wandb: those that stay in there are fine, and `debug-core.log` in the folder of a
+    past run, to its log elsewhere, into which nothing is written any more.
     """
     for place, folders, files in os.walk(folder):
         for name in sorted(folders + files):
@@ -134,6 +135,8 @@ def foreign_entry(folder: Path) -> str | None:
             own = folder / "wandb"
             if stat.S_ISLNK(found.st_mode):
                 if own in path.parents and path.resolve().is_relative_to(own.resolve()):
+                    continue
+                if path.parent.parent.parent == own and (path.parent.name, name) == ("logs", "debug-core.log"):
                     continue
                 return f"{printable(path)} is a link"
             if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):

@@ -240,7 +240,7 @@ def damaged_runs(folder: Path) -> list[str]:
     try:
         find_runs([folder], damaged)
     except ComparisonError as error:
-        damaged.append(str(error))
+        damaged.extend(str(error).splitlines())  # a line for each run, below one that says so
     return damaged
 
 

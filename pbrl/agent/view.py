@@ -66,7 +66,8 @@ class AgentView:
     def distribution(self, theta: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
         rows = obs.reshape(-1, obs.shape[-1])  # SB3 flattens all but the first axis
         mean, log_std = functional_call(self._distribution, _prefixed("actor", theta), (rows,))
-        return mean.reshape(*obs.shape[:-1], -1), log_std.reshape(*obs.shape[:-1], -1)
+        shape = (*obs.shape[:-1], mean.shape[-1])  # written out, as there may be no rows
+        return mean.reshape(shape), log_std.reshape(shape)
 
     def log_prob(self, theta: Params, obs: Tensor, raw_actions: Tensor) -> Tensor:
         mean, log_std = self.distribution(theta, obs)

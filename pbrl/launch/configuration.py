@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ ROLES = {
     "query": ("candidates", "count", "reward", "asked", "rng"),
     "updater": ("reward", "preferences", "session"),
 }
+LONGEST_LIST = 600  # characters of a list of names in an error
 MAY_CHANGE = ("total_steps", "checkpoint_every", "threads", "device", "eval.episodes")  # when a run is resumed
 
 
@@ -102,6 +103,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     there = f"there are: {', '.join(known)}" if known else "there are none here"
+    if len(there) > LONGEST_LIST:
+        near = difflib.get_close_matches(name, known, n=8, cutoff=0.4)
+        there = f"there are {len(known)}, such as {', '.join(near or known[:8])}; python -m pbrl.listing names all"
     return ConfigError(f"{what} {name} does not exist; {hint}{there}")
 
 
@@ -120,9 +124,10 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
     for key in sorted(top - {str(key) for key in cfg}):
         raise ConfigError(f"{key} is missing; it cannot be taken out with ~{key}, only set to another value")
     _check_resolves(cfg)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing and complete:
-        raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
+    plain = OmegaConf.to_container(cfg)  # what refers to a missing value is not itself missing
+    missing = next((name for name, value in leaves("", plain) if value == "???"), None)
+    if missing is not None and complete:
+        raise ConfigError(f"{missing} must be given: {missing}=…")
     for key in map(str, cfg):
         if key not in top:
             raise unknown("key", key, top)
@@ -154,6 +159,15 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
                 f"callbacks[{i}]={shown(callback)}; expected a table: callbacks=[{{_target_: my_module.MyCallback}}]"
             )
         check_arguments(f"callbacks[{i}]", callback)
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """All values of nested tables and lists with their dotted names."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(f"{name}.{key}" if name else str(key), item)
+    else:
+        yield name, value
 
 
 def _check_resolves(cfg: DictConfig) -> None:

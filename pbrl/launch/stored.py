@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.files import foreign_entry, open_in_place, read_yaml
-from pbrl.launch.configuration import CONF, GROUPS, ConfigError
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, leaves
 from pbrl.launch.constructors import check_stored, needs_trust
 from pbrl.launch.upgrade import upgrade
 
@@ -78,7 +78,7 @@ def read_config(
     for group in set(GROUPS) - set(parts):
         del stored[group]
     stored.pop("trust", None)
-    for name, value in _leaves("", stored):
+    for name, value in leaves("", stored):
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
     check_stored(stored, run_dir, trust)
@@ -151,15 +151,6 @@ def _move_pay(agent: dict[str, Any], reward: dict[str, Any]) -> None:
         reward |= {"disagreement_bonus": bonus, "disagreement_decay": decay}
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """All values of nested tables and lists with their dotted names."""
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(f"{name}.{key}" if name else str(key), item)
-    else:
-        yield name, value
-
-
 def trust_of(run_dir: Path, parts: Sequence[str] = ()) -> list[str]:
     """What `trust=[…]` must hold for the run in this folder to be resumed, or for these parts of it to be built."""
     stored = _parse(run_dir / "config.yaml")[0]
@@ -182,7 +173,7 @@ def differences(path: Path, config: Any) -> list[str]:
 
 
 def _changes(before: Any, after: Any) -> list[str]:
-    old, new = dict(_leaves("", before)), dict(_leaves("", after))
+    old, new = dict(leaves("", before)), dict(leaves("", after))
     return [
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
