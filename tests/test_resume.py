@@ -48,9 +48,14 @@ TINY = [
 ]
 MORE = {
     "aparl": ["reward.activation=silu", "updater.fit.least_steps=6"],
-    "penalty": ["reward.activation=silu", "updater.fit.least_steps=6"],
+    "penalty": [
+        *["reward.activation=silu", "updater.fit.least_steps=6"],
+        "updater.walk.rollout_steps=40",  # by default a session takes as many steps as half of this run
+    ],
     "fresh": ["updater.pairs=fresh"],
-    "surf": ["updater.fit.steps_per_label=null"],  # fewer steps than it takes by default
+    "qpa": ["updater.fit.steps_per_label=null"],  # fewer steps than it takes by default
+    "rime": ["updater.epochs=4", "updater.least_epochs=2", "updater.warm_updates=20"],
+    "surf": ["updater.fit.steps_per_label=null"],  # likewise
 }
 
 
@@ -69,7 +74,8 @@ class Crash(Exception):
 
 def made(run_dir: Path, *more: str, resume: bool = False) -> Loop:
     """A loop that is ready to run."""
-    tiny = [option for option in TINY if "updater=oracle" not in more or not option.startswith("updater.")]
+    fits = not {"updater=oracle", "updater=rime"} & {*more}  # others do: they have updater.fit
+    tiny = [option for option in TINY if fits or not option.startswith("updater.")]
     there = (
         [f"resume={run_dir}", "trust=[tests.test_resume,experiments.faults.parts]"]
         if resume

@@ -132,7 +132,7 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
         if key not in top:
             raise unknown("key", key, top)
     for key, (kind, least) in TYPES.items():
-        _check_type(key, cfg[key], kind)
+        _check_type(key, cfg[key], kind, builds=False)
         if least is not None and cfg[key] is not None and cfg[key] < least:
             null = ", or null" if type(None) in typing.get_args(kind) else ""
             raise ConfigError(f"{key}={cfg[key]}; expected at least {least}{null}")
@@ -288,13 +288,13 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_type(key: str, value: Any, kind: Any) -> None:
+def _check_type(key: str, value: Any, kind: Any, builds: bool = True) -> None:
     """Compare a value with int, float, bool, str, None, lists of them, Literal and unions of all these.
 
-    Other annotations, and tables that build an object, are left alone.
+    Other annotations are left alone, and where the value is built (`builds`) so are tables that build an object.
     """
     accepted = _members(kind)
-    if accepted is None or (isinstance(value, DictConfig) and "_target_" in value):
+    if accepted is None or (builds and isinstance(value, DictConfig) and "_target_" in value):
         return
     if not any(_fits(value, member) for member in accepted):
         got = "null" if value is None else _article(_word(type(value)))
