@@ -47,6 +47,38 @@ def fp32() -> Table:
     return table
 
 
+def evidence() -> Table:
+    """The default beside its rivals on walker-walk: return over the last tenth of each seed."""
+    says = {
+        "pebble": ("PEBBLE as fitted here (default)", "`updater=pebble`"),
+        "aparl": ("A-PARL", "`updater=aparl`: the same fitting, half of the pairs fresh"),
+        "pebble-published": ("PEBBLE as published", "`updater=pebble-published`"),
+    }
+    methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
+    oracle = [run.series("eval/return") for run in dict(_methods(STORED / "first-light" / "walker-walk"))[ORACLE]]
+    at_the_end = np.mean([dict(zip(*series, strict=True))[100_000] for series in oracle])
+    table = [["method", "seeds 0, 1, 2", "what it is"]]
+    table.append(["oracle", f"{at_the_end:.0f} (mean at 100k steps, bf16)", "the true reward, no answers"])
+    for method, (name, what) in says.items():
+        table.append([name, ", ".join(f"{value:.0f}" for value in _finals(methods[method], "eval/return")), what])
+    with (STORED / "first-light" / "bpref.csv").open(newline="") as file:
+        last = [float(row["return"]) for row in csv.DictReader(file) if int(row["env_step"]) == 100_000]
+    seeds = f"at 100k steps, {len(last)} seed"
+    return [*table, ["B-Pref's own training code", f"{np.mean(last):.0f} ({seeds})", "on today's libraries"]]
+
+
+def campaign() -> Table:
+    """walker-walk, 100 answers: standardised inputs and pessimistic pay beside PEBBLE, run by run."""
+    steps = range(0, 100_001, 10_000)
+    table = [["seed", "method", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
+    says = {"pebble": "PEBBLE", "cand": "the same, standardised, pessimism 1"}
+    for name, runs in reversed(_methods(STORED / "campaign" / "walker-walk")):
+        for run, area in zip(runs, _areas(runs), strict=True):
+            values = dict(zip(*run.series("eval/return"), strict=True))
+            table.append([str(run.seed), says[name], *(f"{values[step]:.0f}" for step in steps), f"{area:.0f}"])
+    return table
+
+
 def fp32_differences() -> Table:
     """A-PARL against PEBBLE with the same fitting, in fp32: Welch's interval and the seeds' ranks."""
     methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
@@ -97,6 +129,8 @@ def sac_update() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     "first-light": first_light,
     "fp32": fp32,
+    "evidence": evidence,
+    "campaign": campaign,
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
