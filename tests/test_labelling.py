@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
+from tests.films import read_film
 from tests.people import wait_for
 
 STEPS = 10
@@ -253,10 +253,7 @@ def test_clips_show_both_motions_and_are_never_black(tmp_path: Path) -> None:
     for swapped in (False, True):
         path = tmp_path / f"{swapped}.mp4"
         path.write_bytes(drawing.film(PointMass(), clips, 64, 0.1, swapped))
-        reader: Any = imageio.get_reader(path)
-        with reader:
-            frames.append([reader.get_data(i) for i in range(reader.count_frames())])
-    assert all(frame.shape == (64, 2 * 64 + drawing.GAP, 3) for frame in frames[0])
+        frames.append(read_film(path, 64, 2 * 64 + drawing.GAP))
     assert min(frame.mean() for frame in frames[0]) > 100
     env = PointMass()
     for moment, frame in ((0, frames[0][0]), (STEPS, frames[0][-1])):

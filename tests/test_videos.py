@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from pbrl.launch.one_run import print_summary
 from pbrl.records.videos import BAR, SIZE, film_pairs
 from pbrl.types import Answer, Query, Segments
 from tests.conftest import finish, rows, tiny_loop
+from tests.films import read_film
 
 
 def test_training_does_not_notice_that_it_is_filmed(tmp_path: Path, tiny_run: Path) -> None:
@@ -25,11 +25,8 @@ def test_training_does_not_notice_that_it_is_filmed(tmp_path: Path, tiny_run: Pa
     videos = [row for row in filmed if "eval/video" in row or "feedback/video" in row]
     assert [row for row in filmed if row not in videos] == rows(tiny_run)
     assert len(videos) == len(list((run_dir / "videos").glob("*.mp4"))) == 4 + 3  # evaluations, sessions
-    with imageio.get_reader(run_dir / "videos" / "eval_000000600.mp4") as video:
-        assert video.count_frames() == 50
-    with imageio.get_reader(run_dir / "videos" / "feedback_000000200.mp4") as video:
-        assert video.count_frames() == 5 * 10
-        assert video.get_data(0).shape == (SIZE, 2 * SIZE, 3)
+    assert len(read_film(run_dir / "videos" / "eval_000000600.mp4", SIZE, SIZE)) == 50
+    assert len(read_film(run_dir / "videos" / "feedback_000000200.mp4", SIZE, 2 * SIZE)) == 5 * 10
 
 
 def test_the_closing_lines_name_the_film_of_the_last_evaluation(
@@ -50,8 +47,7 @@ def test_the_preferred_segment_has_the_bar(tmp_path: Path) -> None:
     query = Query(segments, segments, torch.zeros(3, 2, 2), states=states)
     answer = Answer(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([True, True, False]))
     film_pairs(env, query, answer, tmp_path / "pairs.mp4")
-    with imageio.get_reader(tmp_path / "pairs.mp4") as video:
-        frames = [np.asarray(video.get_data(i), float) for i in (0, 2, 4)]
+    frames = read_film(tmp_path / "pairs.mp4", SIZE, 2 * SIZE)[::2].astype(float)
     centres = [(frame[-BAR // 2, SIZE // 2], frame[-BAR // 2, SIZE + SIZE // 2]) for frame in frames]
     greenness = [[colour[1] - colour[0] > 60 for colour in pair] for pair in centres]
     assert greenness == [[True, False], [False, True], [False, False]]
