@@ -38,21 +38,37 @@ class SimulatorEnv(gym.Env, ABC):
 
     Args:
         obs_dim, act_dim: sizes of observation and action.
-        horizon: environment steps after which an episode is truncated.
+        horizon: control steps after which an episode is truncated.
         simulator_size: numbers written by `_save`; None if the simulator's state cannot be stored.
         seed: first seed of `np_random`, as if given to the first `reset`; None: from the operating system.
+        action_repeat: control steps for which each action is held: one environment step. Their rewards are added up,
+            an info's number is the largest.
+
+    Attributes:
+        horizon: environment steps per episode: the constructor's, over `action_repeat`, rounded up.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (gymnasium declares it so)
     render_mode = "rgb_array"
     step_seconds: float | None = None  # that one environment step takes in the simulated world; None: it has no clock
 
-    def __init__(self, obs_dim: int, act_dim: int, horizon: int, simulator_size: int | None, seed: int | None) -> None:
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        horizon: int,
+        simulator_size: int | None,
+        seed: int | None,
+        action_repeat: int = 1,
+    ) -> None:
         if horizon < 1:
             raise ValueError(f"horizon is {horizon}; expected at least 1 environment step")
+        if action_repeat < 1:
+            raise ValueError(f"action_repeat is {action_repeat}; expected at least 1 control step")
         self.observation_space = Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.action_space = Box(-1.0, 1.0, (act_dim,), np.float32)
-        self.horizon = horizon
+        self.action_repeat = action_repeat
+        self.horizon = -(-horizon // action_repeat)
         self.state_size = 0 if simulator_size is None else _HEADER + simulator_size  # float64 numbers in a state
         self._episode_seed = -1  # none yet
         self._elapsed = 0
@@ -71,7 +87,14 @@ class SimulatorEnv(gym.Env, ABC):
         """One environment step. `terminated`: the task ended; `truncated`: `horizon` steps are over."""
         if self._over:
             raise ResetNeeded("the episode is over or was never begun; call reset() first")
-        obs, reward, terminated, info = self._advance(np.asarray(action, dtype=np.float64))
+        control = np.asarray(action, dtype=np.float64)
+        obs, reward, terminated, info = self._advance(control)
+        for _ in range(self.action_repeat - 1):
+            if terminated:
+                break
+            obs, more, terminated, later = self._advance(control)
+            reward = reward + more
+            info = {key: max(value, info.get(key, value)) for key, value in later.items()}
         self._elapsed += 1
         truncated = self._elapsed >= self.horizon
         self._over = terminated or truncated

@@ -42,13 +42,20 @@ class DMControl(SimulatorEnv):
 
     Args:
         domain, task: such as "walker" and "walk".
-        horizon: environment steps per episode; 1000 is what the suite's own time limits amount to.
+        horizon: control steps per episode; 1000 is what the suite's own time limits amount to.
+        action_repeat: control steps for which an action is held; each makes one environment step.
         camera: name or number of the model's camera that pictures are taken from.
         seed: first seed; see SimulatorEnv.
     """
 
     def __init__(
-        self, domain: str, task: str, horizon: int = 1000, camera: str | int = 0, seed: int | None = None
+        self,
+        domain: str,
+        task: str,
+        horizon: int = 1000,
+        camera: str | int = 0,
+        seed: int | None = None,
+        action_repeat: int = 1,
     ) -> None:
         suite = _suite()
         if (domain, task) not in suite.ALL_TASKS:
@@ -64,8 +71,8 @@ class DMControl(SimulatorEnv):
         spec = env.action_spec()
         self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2
         obs_dim = _flat(env.reset().observation).size
-        self.step_seconds = float(env.control_timestep())
-        super().__init__(obs_dim, spec.shape[0], horizon, self._physics.size, seed)
+        self.step_seconds = float(env.control_timestep()) * action_repeat
+        super().__init__(obs_dim, spec.shape[0], horizon, self._physics.size, seed, action_repeat)
 
     def _start(self, episode_seed: int) -> NDArray[Any]:
         if self._env.physics.model.nhfield:

@@ -39,12 +39,20 @@ class MetaWorld(SimulatorEnv):
 
     Args:
         task: name without `-v3`, such as "door-open".
-        horizon: environment steps per episode.
+        horizon: control steps per episode.
         reward_version: "v2" (0 to 10 per step) or "v1".
         seed: first seed; see SimulatorEnv.
+        action_repeat: control steps for which an action is held; each makes one environment step.
     """
 
-    def __init__(self, task: str, horizon: int = 500, reward_version: str = "v2", seed: int | None = None) -> None:
+    def __init__(
+        self,
+        task: str,
+        horizon: int = 500,
+        reward_version: str = "v2",
+        seed: int | None = None,
+        action_repeat: int = 1,
+    ) -> None:
         tasks = _tasks()
         if task not in tasks:
             listing = "python -c 'import envs.metaworld as m; print(*m.task_names())'"
@@ -52,12 +60,13 @@ class MetaWorld(SimulatorEnv):
         if reward_version not in ("v1", "v2"):
             raise ValueError(f"reward_version is {reward_version!r}; expected 'v1' or 'v2'")
         self._env = env = tasks[task](reward_function_version=reward_version)
-        env.max_path_length = horizon
+        env.max_path_length = horizon + action_repeat  # the last action may be held beyond `horizon`
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
         self._physics = PhysicsState(env.model, env.data)
         self._camera = Camera(env.model, "corner2", upside_down=True)
-        self.step_seconds = float(env.dt)
-        super().__init__(2 * _FRAME + 3, 4, horizon, self._physics.size + 2 * _FRAME + len(_MEMORY), seed)
+        self.step_seconds = float(env.dt) * action_repeat
+        size = self._physics.size + 2 * _FRAME + len(_MEMORY)
+        super().__init__(2 * _FRAME + 3, 4, horizon, size, seed, action_repeat)
 
     def _start(self, episode_seed: int) -> NDArray[Any]:
         env = self._env
@@ -84,7 +93,7 @@ class MetaWorld(SimulatorEnv):
     def _load(self, saved: State) -> NDArray[Any]:
         env, split = self._env, self._physics.size
         self._physics.load(saved[:split])
-        env.curr_path_length = self._elapsed
+        env.curr_path_length = self._elapsed * self.action_repeat
         env._prev_obs = saved[split : split + _FRAME]
         self._previous_frame = saved[split + _FRAME : split + 2 * _FRAME]
         for name, value in zip(_MEMORY, saved[split + 2 * _FRAME :], strict=True):

@@ -252,7 +252,7 @@ class Loop:
             self.agent.train(self.pretraining.updates, self.agent.batch_size)
         owed = self.parts.rollouts.total - self.session.fresh_from  # fresh steps, branches, the updater's rollouts
         if owed and self.feedback.catch_up:
-            self.agent.train(owed, self.agent.batch_size)
+            self.agent.train(owed * self.agent.gradient_steps, self.agent.batch_size)
 
     def _next_between(self) -> int:
         every = self.parts.updater.between_every

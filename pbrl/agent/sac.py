@@ -142,11 +142,12 @@ class PreferenceSAC(SAC):
     def collect(
         self,
         steps: int,
-        updates: int = 1,
+        updates: int | None = None,
         callback: MaybeCallback = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Act for `steps` environment steps, with `updates` gradient steps after each (once past `learning_starts`).
+        """Act for `steps` environment steps, with `updates` gradient steps after each (once past `learning_starts`);
+        None: `gradient_steps` of them.
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
         before each step. A callback that asks for the end ends it after the step that it saw, which is kept and learned
@@ -155,6 +156,7 @@ class PreferenceSAC(SAC):
         Returns:
             How many steps were taken.
         """
+        updates = self.gradient_steps if updates is None else updates
         _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
         prepared.on_training_start(locals(), globals())
         taken, heard = 0, _Heard(prepared)
@@ -519,6 +521,7 @@ def make_agent(
     initial_temperature: float,
     net_arch: Sequence[int],
     batch_size: int,
+    gradient_steps: int,
     buffer_size: int,
     learning_starts: int,
     gamma: float,
@@ -549,7 +552,7 @@ def make_agent(
         device: a torch device.
         learning_rate: of actor and critics; temperature_lr: of the temperature, which starts at initial_temperature.
         net_arch: hidden widths of actor and critics.
-        batch_size: transitions per update. buffer_size: transitions kept. learning_starts: random steps at the start.
+        batch_size: transitions per update. gradient_steps: updates after each environment step. buffer_size: transitions kept. learning_starts: random steps at the start.
         gamma: discount. tau: target step, every target_update_interval updates.
         log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
@@ -576,6 +579,7 @@ def make_agent(
         ("buffer_size", buffer_size, buffer_size >= 1, "at least 1"),
         ("learning_starts", learning_starts, learning_starts >= 0, "at least 0"),
         ("batch_size", batch_size, batch_size > 0, "at least 1"),
+        ("gradient_steps", gradient_steps, gradient_steps >= 1, "at least 1"),
         ("gamma", gamma, 0 < gamma < 1, "a number above 0 and below 1"),
         ("tau", tau, 0 < tau <= 1, "a number above 0, at most 1"),
         ("target_update_interval", target_update_interval, target_update_interval >= 1, "at least 1"),
@@ -608,6 +612,7 @@ def make_agent(
         learning_rate=learning_rate,
         ent_coef=f"auto_{initial_temperature}",
         batch_size=batch_size,
+        gradient_steps=gradient_steps,
         buffer_size=buffer_size,
         learning_starts=learning_starts,
         gamma=gamma,
