@@ -31,6 +31,7 @@ ALL = (
     "agent.target_entropy=-0.5",
     "agent.n_steps=3",
     "agent.relabel_updates=7",
+    "agent.gradient_steps=2",
     "agent.reset_above=-10",
 )
 

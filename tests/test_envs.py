@@ -35,6 +35,8 @@ MAKERS = {
     "metaworld-v1": lambda: MetaWorld("bin-picking", horizon=60, reward_version="v1"),
     "walker": lambda: DMControl("walker", "walk", horizon=60),
     "quadruped": lambda: DMControl("quadruped", "run", horizon=60),
+    "walker-repeat": lambda: DMControl("walker", "walk", horizon=59, action_repeat=3),
+    "metaworld-repeat": lambda: MetaWorld("door-open", horizon=59, action_repeat=2),
     "reacher": lambda: DMControl("reacher", "hard", horizon=60),  # its layout is in the model
     "pointmass": lambda: PointMass(horizon=60),
     "pendulum": lambda: GymEnv("Pendulum-v1", horizon=60),
@@ -93,6 +95,33 @@ def test_a_seed_fixes_the_episodes_and_nothing_else_moves_them(name):
     assert repr(np.random.get_state()) == before  # noqa: NPY002
     assert not np.array_equal(second.reset(seed=8)[0], seen[0][0])
     assert not np.array_equal(second.reset()[0], second.reset()[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: DMControl("walker", "walk", horizon=7, **kw),
+        lambda **kw: MetaWorld("drawer-close", horizon=7, **kw),
+    ],
+    ids=["dm_control", "metaworld"],
+)
+def test_a_repeated_action_is_so_many_control_steps_with_their_rewards_added(make):
+    single, held = make(), make(action_repeat=2)
+    assert (single.horizon, held.horizon) == (7, 4)
+    assert held.step_seconds == 2 * single.step_seconds
+    single.reset(seed=4), held.reset(seed=4)
+    rng = np.random.default_rng(0)
+    for moment in range(4):
+        action = rng.uniform(-1, 1, single.action_space.shape)
+        obs, reward, terminated, truncated, info = held.step(action)
+        parts = [single.step(action) for _ in range(2 if moment < 3 else 1)]
+        if moment < 3:  # the last action is held beyond the single one's end
+            np.testing.assert_array_equal(obs, parts[-1][0])
+            assert reward == sum(part[1] for part in parts)
+            assert info == {key: max(part[4][key] for part in parts) for key in parts[0][4]}
+        assert (terminated, truncated) == (False, moment == 3)
+    with pytest.raises(ValueError, match="action_repeat is 0; expected at least 1"):
+        make(action_repeat=0)
 
 
 def test_the_constructors_seed_is_the_first_resets():
@@ -195,10 +224,10 @@ def test_states_are_refused_where_they_cannot_be_right():
 def test_time_limits_truncate_and_do_not_terminate(name):
     env = MAKERS[name]()
     env.reset(seed=0)
-    for step in range(1, 61):
+    for step in range(1, env.horizon + 1):
         _, _, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape or (), np.float32))
         assert not terminated
-        assert truncated == (step == 60)
+        assert truncated == (step == env.horizon)
     with pytest.raises(ResetNeeded):
         env.step(np.zeros(env.action_space.shape or (), np.float32))
 

@@ -38,6 +38,7 @@ AGENT = {  # what its first versions were
     "target_entropy": -1.0,
     "n_steps": 1,
     "relabel_updates": 0,
+    "gradient_steps": 1,
     "reset_above": None,
 }
 
