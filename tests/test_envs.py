@@ -109,7 +109,8 @@ def test_a_repeated_action_is_so_many_control_steps_with_their_rewards_added(mak
     single, held = make(), make(action_repeat=2)
     assert (single.horizon, held.horizon) == (7, 4)
     assert held.step_seconds == 2 * single.step_seconds
-    single.reset(seed=4), held.reset(seed=4)
+    single.reset(seed=4)
+    held.reset(seed=4)
     rng = np.random.default_rng(0)
     for moment in range(4):
         action = rng.uniform(-1, 1, single.action_space.shape)

@@ -146,8 +146,8 @@ class PreferenceSAC(SAC):
         callback: MaybeCallback = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Act for `steps` environment steps, with `updates` gradient steps after each (once past `learning_starts`);
-        None: `gradient_steps` of them.
+        """Act for `steps` environment steps, with `updates` gradient steps after each (None: `gradient_steps` of them; none
+        before `learning_starts`).
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
         before each step. A callback that asks for the end ends it after the step that it saw, which is kept and learned
@@ -552,7 +552,8 @@ def make_agent(
         device: a torch device.
         learning_rate: of actor and critics; temperature_lr: of the temperature, which starts at initial_temperature.
         net_arch: hidden widths of actor and critics.
-        batch_size: transitions per update. gradient_steps: updates after each environment step. buffer_size: transitions kept. learning_starts: random steps at the start.
+        batch_size: transitions per update. gradient_steps: updates after each environment step.
+        buffer_size: transitions kept. learning_starts: random steps at the start.
         gamma: discount. tau: target step, every target_update_interval updates.
         log_std_range: see `SquashedStdActor`. orthogonal_init: as published.
         hybrid_ratio, hybrid_steps: see `RelabelReplay`.
