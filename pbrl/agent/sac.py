@@ -146,7 +146,7 @@ class PreferenceSAC(SAC):
         callback: MaybeCallback = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Act for `steps` environment steps, with `updates` gradient steps after each (None: `gradient_steps` of them; none
+        """Act for `steps` environment steps, with `updates` gradient steps after each (None: `gradient_steps`; none
         before `learning_starts`).
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
