@@ -66,7 +66,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         parts, agent, total, length = self.parts, self.parts.agent, self.total_steps, self.segment_length
-        agent.attach(parts.rollouts)
+        agent.attach(parts.rollouts, parts.reward.pay.weight if parts.asks and parts.reward.pay.moves else None)
         *seeds, critic_seed = np.random.SeedSequence((self.seed, 1)).spawn(4)
         query_rng, updater_rng, health_rng = self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.critic_seed = int(critic_seed.generate_state(1)[0])
@@ -137,7 +137,8 @@ class Loop:
             self.agent.pay_by(self._pay, None if self.pretrained else self.entropy)
 
     def _pay(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        return self.parts.reward.pay(self.parts.reward.predict(obs, actions), self.step)
+        members, pay = self.parts.reward.predict(obs, actions), self.parts.reward.pay
+        return pay(members, self.step) if self.agent.weight is None else pay.apart(members)
 
     def _act(self) -> None:
         self.agent.replay_buffer.hybrid = bool(self.questions.left)

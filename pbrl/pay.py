@@ -22,6 +22,9 @@ class Pay:
     own for each step would be noise that the replay keeps until it is relabelled): the mean for n = 1, the minimum for
     n = M. std is the members' own deviation (divided by M). With β = k the pay turns from the mean to caution.
 
+    Where β or k decays the replay keeps low_n and std apart, and each update of the agent weighs them anew at its own
+    step (RUNE, as published).
+
     Args:
         pessimism: k ≥ 0. pessimism_decay: δ in [0, 1), per environment step; 0: fixed.
         lowest_of: n ≥ 1.
@@ -53,6 +56,12 @@ class Pay:
         """Whether it depends on how the members differ, so that one member alone would make no sense."""
         return bool(self.pessimism or self.disagreement_bonus or self.lowest_of > 1)
 
+    @property
+    def moves(self) -> bool:
+        """Whether the same step is paid otherwise later on, by the same members."""
+        decays = (self.disagreement_bonus, self.disagreement_decay), (self.pessimism, self.pessimism_decay)
+        return any(size and decay for size, decay in decays)
+
     def weight(self, step: int) -> float:
         """What one deviation adds at environment step `step`: positive pays for disagreement, negative charges it."""
         bonus = self.disagreement_bonus * (1 - self.disagreement_decay) ** step
@@ -66,6 +75,14 @@ class Pay:
         """
         pay, weight = self._low(rewards), self.weight(step)
         return pay + np.float32(weight) * rewards.std(axis=0) if weight else pay
+
+    def apart(self, rewards: np.ndarray) -> np.ndarray:
+        """low_n and std for the members' rewards, float32 [M, N]: float32 [2, N]. The pay is low_n + weight · std.
+
+        Raises:
+            ValueError: if there are fewer than `lowest_of` members.
+        """
+        return np.stack([self._low(rewards), rewards.std(axis=0)])
 
     def _low(self, rewards: np.ndarray) -> np.ndarray:
         if self.lowest_of == 1:

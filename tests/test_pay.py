@@ -59,7 +59,7 @@ def test_pay_out_of_range_is_refused_by_name(options: dict[str, Any]) -> None:
     ("options", "weight"),
     [
         (("reward.pessimism=0.5",), -0.5),
-        (("reward.disagreement_bonus=0.5",), 0.5 * (1 - 1e-5) ** 200),
+        (("reward.disagreement_bonus=0.5", "reward.disagreement_decay=0"), 0.5),
     ],
 )
 def test_caution_and_curiosity_are_stored_and_relabelled(

@@ -10,11 +10,13 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
 from pbrl.types import Moments
 
-RewardFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # obs [N, ·], actions [N, ·] -> float32 [N]
+# obs [N, ·], actions [N, ·] -> float32 [N]; to a replay that keeps deviations: float32 [2, N], reward and deviation
+RewardFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 BLOCK = 65_536  # rows relabelled at a time
 
 
@@ -38,6 +40,9 @@ class RelabelReplay(ReplayBuffer):
             Not while `hybrid` is False: the loop sets it so when no question is left, as QPA does.
         hybrid_steps: environment steps that count as recent.
         n_steps, gamma: rewards summed before the critic is asked, and the discount between them (see `draw`).
+
+    Where pay moves from update to update, `keep_deviations` gives each transition a second number: it is then paid
+    its reward plus `weight` times its deviation, by the weight at the moment of the draw.
 
     Raises:
         ValueError: for more than one environment, or observations that are not float32 vectors.
@@ -63,6 +68,8 @@ class RelabelReplay(ReplayBuffer):
             raise ValueError(f"observations must be float32 vectors; the space is {observation_space}")
         self.hybrid_ratio, self.hybrid_steps, self.hybrid = hybrid_ratio, hybrid_steps, True
         self.n_steps, self.gamma = n_steps, gamma
+        self.deviations: np.ndarray | None = None  # float32 [buffer_size, 1]
+        self.weight = 0.0
         obs_dim, act_dim = self.obs_shape[0], self.action_dim
         ends = np.cumsum([obs_dim, act_dim, obs_dim, 1, 1, 1])
         self.rows = np.zeros((self.buffer_size, int(ends[-1])), np.float32)
@@ -79,6 +86,26 @@ class RelabelReplay(ReplayBuffer):
         self._end = np.r_[next_obs, self._done, self._timeout]  # what a longer reach takes from its last step
         self._split = [obs_dim, act_dim, obs_dim, 1, 1, 1]
 
+    def keep_deviations(self) -> None:
+        """From now on each transition has a deviation, which `weight` weighs when it is drawn."""
+        self.deviations = np.zeros_like(self.rewards)
+
+    def paid(self, index: np.ndarray) -> np.ndarray:
+        """What these transitions are paid now: float32 [N, 1]."""
+        rewards = self.rewards[index]
+        return rewards if self.deviations is None else rewards + np.float32(self.weight) * self.deviations[index]
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> ReplayBufferSamples:
+        samples = super()._get_samples(batch_inds, env)
+        return samples if self.deviations is None else samples._replace(rewards=self.to_torch(self.paid(batch_inds)))
+
+    def _take(self, index: np.ndarray) -> np.ndarray:
+        """Copies of these packed rows, with what they are paid now."""
+        rows = self.rows.take(index, axis=0)
+        if self.deviations is not None:
+            rows[:, self._reward] = self.paid(index)
+        return rows
+
     def draw(self, batch_size: int, rng: np.random.Generator, n_steps: int = 1) -> Batch:
         """`batch_size` uniformly drawn transitions (a share of them recent ones, if `hybrid_ratio` says so).
 
@@ -93,8 +120,8 @@ class RelabelReplay(ReplayBuffer):
             back = rng.integers(min(size, self.hybrid_steps), size=recent)
             index[:recent] = (self.pos - 1 - back) % self.buffer_size
         if n_steps == 1:
-            return self.batch(self.rows.take(index, axis=0))
-        rows = self.rows.take(index, axis=0)
+            return self.batch(self._take(index))
+        rows = self._take(index)
         last, further = self._reach(index, rows, n_steps)
         rows[:, self._end] = self.rows[last][:, self._end]
         batch = self.batch(rows)
@@ -114,7 +141,7 @@ class RelabelReplay(ReplayBuffer):
             following = (index + 1) % self.buffer_size
             goes_on &= (self.dones[index, 0] == 0) & (following != self.pos)
             goes_on &= (obs[following] == next_obs[index]).all(axis=1)
-            rows[goes_on, self._reward] += np.float32(self.gamma**i) * self.rewards[following[goes_on]]
+            rows[goes_on, self._reward] += np.float32(self.gamma**i) * self.paid(following[goes_on])
             index = np.where(goes_on, following, index)
             further += goes_on
         return index, further
@@ -139,4 +166,8 @@ class RelabelReplay(ReplayBuffer):
         for start in range(0, self.size(), BLOCK):
             rows = slice(start, min(start + BLOCK, self.size()))
             obs = np.ascontiguousarray(self.observations[rows, 0])
-            self.rewards[rows, 0] = reward(obs, np.ascontiguousarray(self.actions[rows, 0]))
+            paid = reward(obs, np.ascontiguousarray(self.actions[rows, 0]))
+            if self.deviations is None:
+                self.rewards[rows, 0] = paid
+            else:
+                self.rewards[rows, 0], self.deviations[rows, 0] = paid

@@ -89,6 +89,7 @@ class PreferenceSAC(SAC):
         self.reward_fn: RewardFunction | None = None
         self.batch_reward: Callable[[Tensor], Tensor] | None = None
         self.rollouts: Rollouts | None = None
+        self.weight: Callable[[int], float] | None = None  # of a transition's deviation, at an environment step
         self.compiles = compiles
         self.relabel_updates, self.reset_above = relabel_updates, reset_above
         self._branching = False
@@ -121,13 +122,19 @@ class PreferenceSAC(SAC):
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["reward_fn", "batch_reward", "rollouts", "replay_rng", "noise", "_sums", "_pending"]
+        own = ["reward_fn", "batch_reward", "rollouts", "weight", "replay_rng", "noise", "_sums", "_pending"]
         own += ["_fast", "_temperature_adam", "_critic_params", "_target_params", "_scales"]
         return super()._excluded_save_params() + own
 
-    def attach(self, rollouts: Rollouts) -> None:
-        """Record every step of the training environment from now on."""
-        self.rollouts = rollouts
+    def attach(self, rollouts: Rollouts, weight: Callable[[int], float] | None = None) -> None:
+        """Record every step of the training environment from now on.
+
+        `weight`, if given, is what a transition's deviation is paid times at the updates of an environment step; what
+        `pay_by` sets then returns rewards and deviations, float32 [2, N].
+        """
+        self.rollouts, self.weight = rollouts, weight
+        if weight is not None:
+            self.replay_buffer.keep_deviations()
 
     def pay_by(self, reward: RewardFunction | None, of_batches: Callable[[Tensor], Tensor] | None = None) -> None:
         """Be paid by `reward` for each new transition from now on; None: the task's own (the oracle).
@@ -226,7 +233,9 @@ class PreferenceSAC(SAC):
         if self.reward_fn is not None:
             reward = self.reward_fn(obs, buffer_action)
             if not np.isfinite(reward).all():
-                raise self._diverged("the learned reward", float(reward[0]))
+                raise self._diverged("the learned reward", float(reward.flat[0]))
+            if replay_buffer.deviations is not None:
+                reward, replay_buffer.deviations[replay_buffer.pos] = reward
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _standardise(self) -> None:
@@ -289,12 +298,18 @@ class PreferenceSAC(SAC):
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """`gradient_steps` SAC updates. The numbers are those of `SAC.train`; only wasted work is left out."""
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        self._weigh()
         for _ in range(gradient_steps):
             reach = self.replay_buffer.n_steps if self.batch_reward is None else 1
             batch = self.replay_buffer.draw(batch_size, self.replay_rng, reach)
             if self.batch_reward is not None:
                 batch = batch._replace(rewards=self.batch_reward(batch.obs))
             self.update(batch)
+
+    def _weigh(self) -> None:
+        """The replay pays by the weight of this environment step from now on."""
+        if self.weight is not None:
+            self.replay_buffer.weight = self.weight(self.num_timesteps)
 
     def squashed_sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A reparameterised action in (−1, 1) and its log-probability: float32 [B, act_dim], [B]."""
@@ -391,6 +406,7 @@ class PreferenceSAC(SAC):
         with n = `reach`, over pieces without an episode's end: critics that are c / (1 − γ) too high everywhere give c.
         """
         replay = self.replay_buffer
+        self._weigh()
         rows = np.arange(-min(steps, replay.size()), 0) + replay.pos
         rows %= replay.buffer_size
         obs, actions = (torch.from_numpy(one[rows, 0]) for one in (replay.observations, replay.actions))
@@ -406,7 +422,7 @@ class PreferenceSAC(SAC):
         _, log_prob = squash(mean, log_std, (raw - mean) / log_std.exp())
         alpha = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.exp()
         entropy = -float(alpha) * log_prob.cpu().double().numpy()
-        paid = replay.rewards[rows, 0].astype(np.float64)
+        paid = replay.paid(rows)[:, 0].astype(np.float64)
         powers = self.gamma ** np.arange(reach + 1)
         index = starts[:, None] + np.arange(reach + 1)
         brought = (paid[index[:, :-1]] * powers[:-1]).sum(1) + (entropy[index[:, 1:]] * powers[1:]).sum(1)

@@ -78,6 +78,8 @@ def save(loop: Running) -> None:
     }
     arrays = {f"preferences/{key}": value for key, value in parts.preferences.state().items()}
     arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
+    if replay.deviations is not None:
+        arrays["replay_deviations"] = replay.deviations[: replay.size(), 0]
     arrays |= {f"pending/{key}": value for key, value in pack_query(loop.pending).items()}
     arrays |= {f"outstanding/{key}": value for key, value in pack_query(loop.outstanding).items()}
     total = parts.rollouts.total
@@ -98,6 +100,10 @@ def restore(loop: Running, loaded: Loaded) -> None:
     replay.pos, replay.full = run["replay"]
     replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
     parts.reward.load_state(loaded.state["reward"])
+    if replay.deviations is not None and "replay_deviations" in loaded.arrays:
+        replay.deviations[: replay.size(), 0] = loaded.arrays["replay_deviations"]
+    elif replay.deviations is not None:  # before they were kept: what was paid at the last session's weight
+        replay.relabel(lambda obs, actions: parts.reward.pay.apart(parts.reward.predict(obs, actions)))
     if "updater" in loaded.state:  # before version 0.2 not for updaters that remember nothing
         parts.updater.load_state_dict(loaded.state["updater"])
     parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
