@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.theory.report import interval, slope
 from pbrl.comparing.curves import tail_mean
 from pbrl.comparing.runs import ORACLE, Run, find_runs
 from pbrl.comparing.statistics import Array, area_under_curve, improvement_interval, student_interval
@@ -126,6 +127,107 @@ def sac_update() -> Table:
     return table
 
 
+def theory() -> Table:
+    """What the exact problems say of the papers' claims; intervals over seeds are bootstrap ones."""
+    exact = _rows("theory/claim_i.csv", measurement="exact")
+    sampled = _rows("theory/claim_i.csv", curvature="full")
+    full, fisher, paper, direct = (_numbers(exact, f"cosine_{name}") for name in ("full", "fisher", "paper", "term_1"))
+    low, median, high = np.percentile(paper, [10, 50, 90])
+    sampling = slope(_numbers(sampled, "samples"), _numbers(sampled, "rms_error"))
+    squares = _numbers(_rows("theory/claim_ii.csv"), "squared_hypergradient").reshape(-1, 100).mean(axis=0)
+    steps = np.arange(1, 101)
+    running = np.cumsum(squares) / steps
+    penalty = _rows("theory/claim_iii.csv")
+    sigmas = ("1", "0.1", "0.01")
+    errors, printed = (
+        [np.median(_numbers([row for row in penalty if row["sigma"] == sigma], name)) for sigma in sigmas]
+        for name in ("error", "error_printed_sign")
+    )
+    gaps = [slope(*_averages(_rows("theory/claim_iv.csv", scale=scale), "k", "gap", np.mean)) for scale in ("2", "4")]
+    constants = _rows("theory/claim_viii.csv", measurement="constants")
+    mu, tight = _numbers(constants, "mu"), _numbers(constants, "response") / _numbers(constants, "response_bound")
+    away = slope(*_averages(_rows("theory/claim_viii.csv", measurement="error"), "distance", "error"))
+    needed, inner, q = (_rows("theory/claim_ix.csv", measurement=name) for name in ("needed", "inner", "q"))
+    complexity = {
+        "sigma": slope(_numbers(needed, "epsilon"), _numbers(needed, "sigma")),
+        "B": slope(_numbers(needed, "epsilon"), _numbers(needed, "B")),
+        "K": slope(_numbers(inner, "epsilon"), _numbers(inner, "K")),
+        "n": slope(_numbers(q, "n"), _numbers(q, "squared_error")),
+    }
+    # the exponent that n needs for Q's squared error, which is divided by sigma² ~ ε
+    samples = 2 / complexity["n"]
+    return [
+        ["claim", "measured", "theory"],
+        [
+            f"implicit gradient against central differences, {len(exact)} random MDPs",
+            f"largest relative error {_numbers(exact, 'error_to_differences').max():.0e}",
+            "0",
+        ],
+        ["sampled implicit gradient, error against N", f"slope {sampling:.2f}", "−½"],
+        [
+            "smallest cosine to the truth: full Hessian, Fisher at the soft optimum",
+            f"{full.min():.3f}, {fisher.min():.3f}",
+            "1",
+        ],
+        [
+            "the same with the curvature printed in PARL (16), median [10 %, 90 %]",
+            f"{median:.2f} [{low:.2f}, {high:.2f}]; on {np.mean(paper < direct):.0%} of the MDPs worse than leaving "
+            "the term out",
+            "not the Hessian",
+        ],
+        [
+            "A-PARL's squared gradient: mean over T steps; at step T",
+            f"slope {slope(steps[50:], running[50:]):.2f}; {slope(steps[9:], squares[9:]):.2f}",
+            "−1, trivial for a mean of anything that falls faster than 1/t; −1 or less",
+        ],
+        [f"penalty gradient, relative error at sigma {', '.join(sigmas)}", _listed(errors, ".2g"), "∝ sigma"],
+        ["the same with the sign printed in Algorithms 1 and 3", _listed(printed, ".2f"), "does not vanish"],
+        ["normalised inner steps, gap against k, c = 2; 4", f"slope {gaps[0]:.2f}; {gaps[1]:.2f}", "−1 or less"],
+        [
+            "PARL's lemmas: curvature mu of V, median [least]; dtheta*/dphi over its bound, median [largest]",
+            f"{np.median(mu):.1e} [{mu.min():.1e}]; {np.median(tight):.2f} [{tight.max():.2f}]",
+            "above 0; at most 1",
+        ],
+        ["PARL's lemmas: hypergradient's error against theta's distance from theta*", f"slope {away:.2f}", "1"],
+        [
+            "BRL: sigma, rollouts B, inner steps K for a squared error ε",
+            f"slopes {complexity['sigma']:.2f}, {complexity['B']:.2f}, {complexity['K']:.2f}",
+            "½, −2, −1 (at least)",
+        ],
+        ["BRL: Q's squared error against n samples", f"slope {complexity['n']:.2f}", "−1"],
+        [
+            "BRL: exponents of T (the theorem's −1), K and n together",
+            f"{-1 + complexity['K'] + samples:.1f}",
+            "−4",
+        ],
+    ]
+
+
+def gaming() -> Table:
+    """The exact hypergradient on grid worlds: differences paired over the seeds, means of the settings."""
+    rows = [row for row in _rows("theory/claim_vii.csv") if row["step"] == "100"]
+    found = {
+        (name, method): np.array(
+            [
+                np.mean(_numbers([row for row in rows if (row["method"], row["seed"]) == (method, seed)], name))
+                for seed in dict.fromkeys(row["seed"] for row in rows)
+            ]
+        )
+        for name in ("true_return", "G")
+        for method in ("off_policy", "on_policy", "full", "win_rate")
+    }
+    named = {"full": "full hypergradient", "on_policy": "Term 1 on fresh pairs", "win_rate": "win-rate utility"}
+    named |= {"off_policy": "Term 1 on pairs of a uniform policy"}
+    table = [["", "true return, of the optimum's [95 %]", "upper objective G, nats [95 %]"]]
+    for method, reference in (("on_policy", "off_policy"), ("full", "on_policy"), ("win_rate", "on_policy")):
+        cells = []
+        for name in ("true_return", "G"):
+            mean, low, high = interval(found[name, method] - found[name, reference])
+            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+        table.append([f"{named[method]} less {named[reference]}", *cells])
+    return table
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "first-light": first_light,
     "fp32": fp32,
@@ -134,7 +236,32 @@ TABLES: dict[str, Callable[[], Table]] = {
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
+    "theory": theory,
+    "gaming": gaming,
 }
+
+
+def _rows(name: str, **only: str) -> list[dict[str, str]]:
+    """The rows of a stored CSV whose columns have these values."""
+    with (STORED / name).open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in only.items())]
+
+
+def _numbers(rows: Sequence[dict[str, str]], name: str) -> Array:
+    return np.array([float(row[name]) for row in rows])
+
+
+def _averages(
+    rows: Sequence[dict[str, str]], by: str, name: str, average: Callable[[Array], float] = np.median
+) -> tuple[list[float], list[float]]:
+    """The values of one column, and the average of another at each of them."""
+    at = list(dict.fromkeys(row[by] for row in rows))
+    found = [float(average(_numbers([row for row in rows if row[by] == one], name))) for one in at]
+    return [float(one) for one in at], found
+
+
+def _listed(values: Sequence[float], form: str) -> str:
+    return ", ".join(format(value, form) for value in values)
 
 
 def _methods(folder: Path) -> list[tuple[str, list[Run]]]:

@@ -1,9 +1,12 @@
 """Each of the papers' claims, in its quick version (`python -m experiments.theory --quick`), and its ingredients."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from experiments import tables
 from experiments.theory import gaming
 from experiments.theory.__main__ import CLAIMS, main
 from experiments.theory.examples import Maze, Taxes, Workbench, best_reply
@@ -24,6 +27,20 @@ def test_the_claim_holds(key):
     findings = CLAIMS[key](True).findings
     assert any(finding.holds for finding in findings)
     assert not [finding for finding in findings if finding.holds is False]
+
+
+def test_the_stored_results_are_of_all_claims_which_hold_and_of_the_stored_data():
+    stored = tables.STORED / "theory"
+    table = (stored / "table.md").read_text()
+    assert re.findall(r"^## \((\w+)\)", table, re.M) == list(CLAIMS)
+    assert re.findall(r"\]\((\S+)\)", table) == [f"claim_{key}.{kind}" for key in CLAIMS for kind in ("csv", "png")]
+    assert all((stored / f"claim_{key}.{kind}").exists() for key in CLAIMS for kind in ("csv", "png"))
+    assert "| **no** |" not in table and table.count("| yes |") == 25
+    measured = [row[1] for row in tables.theory() if "slope" in row[1]]
+    slopes = {number for text in measured for number in re.findall(r"-?\d\.\d\d", text)}
+    written = re.findall(r"^\| [^|]*slope[^|]* \| (\S+) \|", table, re.M)
+    assert len(slopes) == 10
+    assert slopes <= {f"{float(number):.2f}" for number in written}, "the table and the CSVs are of different runs"
 
 
 def test_the_command_writes_a_table_data_and_a_figure(tmp_path, capsys):
