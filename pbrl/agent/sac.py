@@ -1,6 +1,6 @@
 """The agent: Stable-Baselines3's SAC, paid by a learned reward, with its own generators and a lean update.
 
-What differs from SB3's defaults, and why (B-Pref `agent/sac.py`; PARL table 2):
+What differs from SB3's defaults, and why (B-Pref `agent/sac.py` and `config/agent/sac.yaml`):
 
 * the temperature has a learning rate and an initial value of its own (1e-4, 0.1);
 * `target_update_interval` counts updates across calls (SB3 tests the step *within* a call to `train`, so with one
