@@ -24,6 +24,7 @@ from pbrl.preferences import Preferences
 from pbrl.records.checkpoint import StepLog
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
+from pbrl.standardise import CLIP
 
 
 class Way(NamedTuple):
@@ -33,6 +34,7 @@ class Way(NamedTuple):
     reward: dict[str, Any] = {}  # noqa: RUF012
     option: str = "ensemble"
     moving: bool = False  # statistics of all steps so far, not of those before the first answers
+    clip: float = CLIP  # of standardised inputs, in deviations
 
 
 PLAIN: dict[str, Any] = {"crop": None, "shrink": 0.0}
@@ -48,6 +50,10 @@ WAYS = {
     "ours, bf16": Way({}, {"precision": "bf16"}),
     "ours, standardised": Way({}, SCALED),
     "ours, standardised, moving statistics": Way({}, SCALED, moving=True),
+    "the same, inputs not clipped": Way({}, SCALED, clip=np.inf),
+    "the same, inputs clipped at 5": Way({}, SCALED, clip=5.0),
+    "the same, inputs clipped at 2": Way({}, SCALED, clip=2.0),
+    "the same, inputs clipped at 1": Way({}, SCALED, clip=1.0),
     "the same, 10 steps": Way({"least_steps": 10}, SCALED),
     "the same, 300 steps": Way({"least_steps": 300}, SCALED),
     "the same, 4 steps a label": Way({"least_steps": 0, "steps_per_label": 4.0}, SCALED),
@@ -135,6 +141,7 @@ def measure(run: Path, ways: list[str], sessions: list[int], seeds: tuple[int, .
         for seed in seeds:
             sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "seed": seed}
             reward = make("reward", way.option, **({"members": 1} | way.reward | sizes))
+            reward.obs_scale.clip = reward.action_scale.clip = way.clip
             rng = np.random.default_rng(seed)
             reward.pretrain(so_far(rollouts, step, step if way.moving else asked_at[0], rng))
             # one pass at the most, so that the number of steps is what the way says

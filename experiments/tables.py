@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -260,7 +261,7 @@ def _averages(
     return [float(one) for one in at], found
 
 
-def _listed(values: Sequence[float], form: str) -> str:
+def _listed(values: Sequence[Any], form: str) -> str:
     return ", ".join(format(value, form) for value in values)
 
 

@@ -38,7 +38,7 @@ from pbrl.launch.configuration import ConfigError
 from pbrl.records.checkpoint import CheckpointError
 from pbrl.records.evaluation import act, episode
 from pbrl.reward import Layers
-from pbrl.standardise import CLIP, Standardise
+from pbrl.standardise import Standardise
 
 CHECKED = 256  # random inputs on which an export must agree
 TOLERANCE = 1e-5
@@ -106,11 +106,12 @@ class _Scaled(nn.Module):
 
     def __init__(self, known: Standardise) -> None:
         super().__init__()
+        self.clip = known.clip
         self.register_buffer("mean", known.mean.clone())
         self.register_buffer("deviation", known.deviation.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.deviation).clamp(-CLIP, CLIP)
+        return ((x - self.mean) / self.deviation).clamp(-self.clip, self.clip)
 
 
 def write_network(module: nn.Module, inputs: dict[str, int], outputs: Sequence[str], stem: Path, seed: int = 0) -> None:

@@ -11,7 +11,7 @@ CONSTANT = 1e-4  # a dimension with a deviation below it counts as constant (Met
 
 
 class Standardise(nn.Module):
-    """(x − mean) / deviation, clipped to ±CLIP; mean 0 and deviation 1 until `set` has been called; if off, x itself.
+    """(x − mean) / deviation, clipped to ±clip; mean 0 and deviation 1 until `set` has been called; if off, x itself.
 
     The statistics are buffers: they travel with the weights.
 
@@ -22,6 +22,7 @@ class Standardise(nn.Module):
     mean: Tensor
     deviation: Tensor
     known: Tensor
+    clip = CLIP
 
     def __init__(self, size: int, on: bool) -> None:
         super().__init__()
@@ -41,10 +42,10 @@ class Standardise(nn.Module):
         """float32 [..., size] to the same."""
         if not self.on:
             return x
-        return ((x - self.mean) / self.deviation).clamp(-CLIP, CLIP)
+        return ((x - self.mean) / self.deviation).clamp(-self.clip, self.clip)
 
     def row(self, x: np.ndarray) -> np.ndarray:
         """The same for one row in numpy, float32 [size]."""
         if not self.on:
             return x
-        return np.clip((x - self.mean.numpy()) / self.deviation.numpy(), -CLIP, CLIP)
+        return np.clip((x - self.mean.numpy()) / self.deviation.numpy(), -self.clip, self.clip)
