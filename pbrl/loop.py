@@ -173,7 +173,8 @@ class Loop:
             self._after_update()
         following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
         self.due.feedback = following if self.questions.left else NEVER
-        self.due.between = self._next_between()
+        overdue = self.due.between <= self.step  # it fell on this session's step, and comes after it
+        self.due.between = min(self._next_between(), self.due.between if overdue and self.questions.left else NEVER)
         self.diary.session(metrics, self.sessions)
 
     def _ask_and_wait(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     z = e(s, a)   embedding of state and action, shared by the ensemble's members, which are small heads on top of it
     L = −mean cos(h(z), stop-gradient(f(s')))   distillation: z must tell the embedding f of the next state
+    L = mean_i CE(cos(h(z_i), stop-gradient(f(s'_j))) / temperature over j, i)   contrastive: tell it from others
 
 The encoder is trained on L over the replay before each update of the reward; no answer is needed for that. Then encoder
 and heads are trained together on the answers.
@@ -36,6 +37,7 @@ class DynamicsAwareReward(RewardEnsemble):
         epochs: passes over the replay before each reward update, counted in drawn transitions.
         max_updates: gradient steps before each reward update at the most; null: no limit.
         dynamics_batch_size, dynamics_learning_rate: of those steps.
+        contrastive_temperature: of the contrastive loss; null: distillation.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class DynamicsAwareReward(RewardEnsemble):
         max_updates: int | None = 2000,
         dynamics_batch_size: int = 256,
         dynamics_learning_rate: float = 1e-3,
+        contrastive_temperature: float | None = None,
         normalise: bool = False,
         pessimism: float = 0.0,
         pessimism_decay: float = 0.0,
@@ -65,6 +68,8 @@ class DynamicsAwareReward(RewardEnsemble):
         for name, value in (("epochs", epochs), ("max_updates", max_updates), ("embedding", embedding)):
             if value is not None and value < 1:
                 raise ValueError(f"reward.{name}={value}; expected at least 1")
+        if contrastive_temperature is not None and contrastive_temperature <= 0:
+            raise ValueError(f"reward.contrastive_temperature={contrastive_temperature}; expected above 0, or null")
         super().__init__(
             embedding,
             0,
@@ -98,6 +103,7 @@ class DynamicsAwareReward(RewardEnsemble):
             [p for module in dynamics for p in module.parameters()], lr=dynamics_learning_rate
         )
         self.epochs, self.max_updates, self.dynamics_batch_size = epochs, max_updates, dynamics_batch_size
+        self.contrastive_temperature = contrastive_temperature
 
     def encode(self, obs: Tensor, actions: Tensor) -> Tensor:
         """z = e(s, a): float32 [..., embedding]."""
@@ -121,9 +127,13 @@ class DynamicsAwareReward(RewardEnsemble):
         return self.encode(torch.from_numpy(obs), torch.from_numpy(actions)).numpy()
 
     def dynamics_loss(self, obs: Tensor, actions: Tensor, next_obs: Tensor) -> Tensor:
-        """L of the module's text: float32 [], in [−1, 1]."""
+        """L of the module's text: float32 []."""
         with torch.no_grad():
             target = self._state(next_obs)
+        if self.contrastive_temperature is not None:
+            told, meant = F.normalize(self.predictor(self.encode(obs, actions)), dim=-1), F.normalize(target, dim=-1)
+            logits = told @ meant.T / self.contrastive_temperature
+            return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
         return -F.cosine_similarity(self.predictor(self.encode(obs, actions)), target, dim=-1).mean()
 
     def pretrain(self, session: Session) -> dict[str, float]:

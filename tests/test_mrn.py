@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pbrl.bilevel.params import gradient, leaves
 from pbrl.types import Params
 from pbrl.updaters.mrn import critic_step, outer_loss, reward_weights
-from tests.conftest import finish, tiny_loop
+from tests.conftest import finish, rows, tiny_loop
 
 
 class Critics(nn.Module):
@@ -72,6 +72,15 @@ def test_mrns_closed_form_equals_finite_differences_of_the_two_steps() -> None:
                 ends.append(outer())
             flat[i] = kept
             assert float(grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * largest, rel=1e-5)
+
+
+def test_a_meta_step_on_a_sessions_step_comes_after_it(tmp_path: Path) -> None:
+    """As on door-open, where sessions are 5000 steps apart and meta-steps 10000. None after the last question."""
+    loop = tiny_loop(tmp_path / "run", "updater=mrn", "updater.meta_every=200", "feedback.budget=25")
+    finish(loop)
+    written = [row for row in rows(tmp_path / "run") if "feedback/session" in row or "mrn/outer_loss" in row]
+    steps = [(row["env_step"], "mrn/outer_loss" in row) for row in written]
+    assert steps == [(200, False), (300, False), (400, False), (400, True), (500, False)]
 
 
 def test_mrn_steps_between_sessions_while_questions_are_left(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def outer_loss(predicted: Tensor, labels: Tensor) -> Tensor:
 class Mrn(Updater):
     """PEBBLE's update at each session; between sessions, while questions are left, one step on the outer loss.
 
-    Two departures: the meta-step comes beside that environment step's ordinary SAC update, not in its place; and a time
-    limit is no end of the episode (the published code treats it as one in this step only).
+    A meta-step that falls on a session's step comes after it. Two departures: the next SAC update draws a batch of its
+    own, where the published code takes the meta-step's; and a time limit is no end of the episode (the published code
+    treats it as one in this step only).
 
     Args:
         fit, pairs: as in `Pebble`.
