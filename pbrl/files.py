@@ -94,6 +94,21 @@ def open_in_place(path: Path, create: bool = True) -> BinaryIO:
     return os.fdopen(handle, "r+b", buffering=0)
 
 
+def refuse_foreign(path: Path) -> None:
+    """Before others open `path` for writing: refuse a link, and anything but a regular file with this one name.
+
+    Raises:
+        OSError: saying what it is; a missing file is fine.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        what = "is a link" if stat.S_ISLNK(found.st_mode) else "is no regular file with one name only"
+        raise OSError(f"{printable(path)} {what}; nothing is written into it")
+
+
 def write_all(file: BinaryIO, data: bytes) -> None:
     """Write all of `data` to an unbuffered file.
 

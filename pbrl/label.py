@@ -3,6 +3,7 @@
     python -m pbrl.label RUN                   the pairs that a run has stored, asked again of people
     python -m pbrl.label FILE.npz              the same of an exported file
     python -m pbrl.label RUN --out LABELS.npz  where the answers go
+    python -m pbrl.label RUN --trust my_env    an environment of your own
 
 The page is that of `teacher=human`. What was answered is kept beside the output (OUT.sqlite3), so the same command goes
 on where it stopped; OUT is written at the end and on Ctrl-C, and `import_preferences=OUT` starts a run from it.
@@ -20,25 +21,31 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from pbrl.files import printable
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
-from pbrl.launch.configuration import CONF, ConfigError, options, register_resolvers
-from pbrl.launch.stored import read_config
+from pbrl.launch.command import look_here
+from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
+from pbrl.launch.stored import read_config, refuse_links
 from pbrl.preferences import FILE_NAME, Preferences
 from pbrl.types import Query
 
 
-def environment(source: Path, name: str | None, stored: Preferences) -> dict[str, Any]:
+def environment(source: Path, name: str | None, stored: Preferences, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Config of the environment in which clips are drawn: the run's, or the option that the file names.
 
+    Args:
+        trust: see `pbrl.launch.stored.read_config`.
+
     Raises:
-        ConfigError: if there is none of this name.
+        ConfigError: if there is none of this name, or the run's config may not name it.
     """
     if source.is_dir() and name is None:
-        cfg, _ = read_config(source)
+        cfg, _ = read_config(source, trust, ["env"])
+        check_arguments("env", cfg.env)
         return dict(OmegaConf.to_container(cfg.env, resolve=True))  # type: ignore[arg-type]
     name = name or str(stored.about.get("env"))
     if name not in options("env"):
-        raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
+        raise ConfigError(f"--env={printable(name)}; expected one of {', '.join(options('env'))}")
     return dict(OmegaConf.to_container(OmegaConf.load(CONF / "env" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
@@ -77,30 +84,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=float, default=0.05, help="share of answers asked again, sides swapped")
     parser.add_argument("--host", default="localhost", help="another address lets others in who have the token")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the run's config may name")
     given = parser.parse_args(arguments)
+    look_here()
     register_resolvers()
     try:
+        if given.source.is_dir():
+            refuse_links(given.source)
         stored = Preferences.load(given.source / FILE_NAME if given.source.is_dir() else given.source)
         query = questions(stored)
         out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
-        env = environment(given.source, given.env, stored)
+        env = environment(given.source, given.env, stored, given.trust)
         teacher = HumanTeacher(
             env, given.task, reviews=given.reviews, repeats=given.repeats, host=given.host, port=given.port
         )
         teacher.open(out.parent, stored.horizon, out.name + ".sqlite3")
     except (OSError, ValueError) as error:
-        print(f"error: {given.source}: {error}", file=sys.stderr)
+        print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    complete = False
     try:
-        _until_answered(teacher, query)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on")
-    finally:
+        try:
+            _until_answered(teacher, query)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on")
         result = labelled(stored, query, teacher)
         if len(result):
             result.save(out)
             print(f"{out}: {len(result)} of {len(stored)} pairs labelled by people")
-        teacher.close(complete=len(result) == len(stored))
+        complete = result.asked == len(stored)
+    except (OSError, ValueError) as error:  # a full disk, a server that cannot be started again
+        print(f"error: {error}; what was answered is kept: the same command goes on", file=sys.stderr)
+        return 1
+    finally:
+        teacher.close(complete)
     return 0
 
 

@@ -209,6 +209,7 @@ class HTTPTeacher(Teacher):
         A socket's own time-out starts anew with each byte, and a name look-up has none: so another thread does all
         this, and its connections are shut when the time is over.
         """
+        end = time.monotonic() + self.timeout
         sockets: list[socket.socket] = []
         outcome: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
 
@@ -221,7 +222,7 @@ class HTTPTeacher(Teacher):
 
         threading.Thread(target=exchange, daemon=True).start()
         try:
-            found = outcome.get(timeout=self.timeout)
+            found = outcome.get(timeout=max(end - time.monotonic(), 0.0))
         except queue.Empty:
             raise TimeoutError(f"no whole reply within {self.timeout:g} s") from None
         finally:  # Ctrl-C too

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from experiments.faults.people import LINK, ask_page
+from pbrl.labelling import server
+from pbrl.labelling.store import LabelStore
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
@@ -27,7 +29,6 @@ FLAGS = [
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 ]
-LINK = re.compile(r"http://\S+/#\S+")
 
 
 class Command:
@@ -153,17 +154,49 @@ def answers(run_dir: Path) -> list[tuple[Any, ...]]:
         ).fetchall()
 
 
-def ask_page(link: str) -> Callable[..., dict[str, Any]]:
-    """Asks the server as the page does: `ask("state")`, `ask("answer", answer=…, …)`."""
-    base, _, token = link.partition("/#")
+class AnsweredPage:
+    """In place of `pbrl.labelling.service.Service`: the same server, in a thread and without drawing, and with somebody
+    at the page who answers by the task's own returns, over HTTP as the page does."""
 
-    def ask(name: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"{base}/api/{name}",
-            json.dumps({"rater": "you", **body}).encode(),
-            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return dict(json.load(reply))
+    def __init__(self, settings: Mapping[str, Any], port: int = 0) -> None:
+        import uvicorn
 
-    return ask
+        self.store = LabelStore(settings["path"], settings["reviews"], settings["lease"], settings["repeats"])
+        bound = server.bind("127.0.0.1", port)
+        self.port = bound.getsockname()[1]
+        self.link = f"http://127.0.0.1:{self.port}/#0123456789abcdef"
+        chosen = {**settings, "token": "0123456789abcdef", "draw": False}
+        clips = server.Clips(self.store, settings["env"], settings["size"], False)
+        app = server.Labelling(chosen, self.store, clips, server.own_hosts("127.0.0.1", self.port))
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
+        self._server = uvicorn.Server(config)
+        self._left = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}),
+            threading.Thread(target=self._answer),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _answer(self) -> None:
+        ask = ask_page(self.link)
+        while not self._left.wait(0.02):
+            state = ask("state")
+            while (question := state["question"]) is not None and not self._left.is_set():
+                ((text,),) = self.store._all("SELECT returns FROM question WHERE id = ?", question["number"])
+                first, second = json.loads(text)
+                label = float(second > first if question["repeat"] else first > second)
+                state = ask("answer", answer=f"{question}", **question, label=label, seconds=1.0)
+
+    def tell(self, **said: Any) -> None:
+        """What training does is of no interest."""
+
+    def keep_alive(self) -> None:
+        """It lives."""
+
+    def close(self) -> None:
+        self._left.set()
+        self._threads[1].join()
+        self._server.should_exit = True
+        self._threads[0].join()
+        self.store.close()

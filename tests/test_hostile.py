@@ -21,12 +21,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pbrl import compare, evaluate, export
+from pbrl import compare, evaluate, export, label
 from pbrl.comparing.runs import ComparisonError, find_runs
+from pbrl.labelling import teacher as labelling
+from pbrl.labelling.store import LabelStore
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError, options
 from pbrl.launch.constructors import needs_trust
@@ -196,6 +199,29 @@ def outcome(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> s
     return line
 
 
+LABELLED = {"env", "choices"}  # the part of a config from which `pbrl.label` makes something
+
+
+class Draws:
+    """In place of the labelling page's server and its drawing process: makes the environment, as that does."""
+
+    link = "http://127.0.0.1:1/#token"
+
+    def __init__(self, settings: dict[str, Any], port: int = 0) -> None:
+        try:
+            env = instantiate(dict(settings["env"]), _convert_="all")
+        except Exception as error:  # as `pbrl.labelling.drawing` does
+            raise ValueError(f"the labelling page cannot be opened: {error.__cause__ or error}") from error
+        env.reset(seed=0)
+        env.close()
+
+    def tell(self, **said: Any) -> None:
+        """Nobody listens."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
 @pytest.mark.parametrize("every_command", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack["name"])
 def test_an_attack_is_refused_in_a_line_or_does_nothing(
@@ -220,6 +246,13 @@ def test_an_attack_is_refused_in_a_line_or_does_nothing(
         assert resumed is not None and attack["says"] in resumed, resumed
     else:
         assert resumed is None
+    if every_command or "label" in attack:
+        monkeypatch.setattr(labelling, "Service", Draws)
+        monkeypatch.setattr(label, "_until_answered", lambda teacher, query: teacher.post(query))
+        said = outcome(lambda: label.main([str(stored), "--out", str(stored / "labels.npz")]), capsys)
+        outcome(lambda: label.main([str(stored / "preferences.npz"), "--env", "pointmass"]), capsys)
+        assert (said is not None) == ("label" in attack or LABELLED & attack.get("set", {}).keys() != set()) or resumed
+        assert attack.get("label", "") in (said or "")
     if every_command:
         looked = outcome(lambda: evaluate.main([str(stored), "--episodes", "1"]), capsys)
         assert looked is None or resumed is not None
@@ -247,6 +280,14 @@ def damaged_runs(folder: Path) -> list[str]:
 def test_the_table_of_attacks_is_long() -> None:
     assert len(ATTACKS) >= 60
     assert len({attack["name"] for attack in ATTACKS}) == len(ATTACKS)
+
+
+@pytest.mark.parametrize("make", [name for name in dir(builders) if name.startswith("store_")])
+def test_a_strangers_store_of_answers_is_refused_in_a_line(make: str, tmp_path: Path) -> None:
+    getattr(builders, make)(tmp_path, tmp_path / "mark")
+    with pytest.raises(ValueError, match="is not a store of labels") as refused:
+        LabelStore(tmp_path / "labels.npz.sqlite3")
+    assert str(refused.value).isprintable()
 
 
 # Configs in run folders

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import queue
 import socket
 import subprocess
 import sys
@@ -291,12 +292,22 @@ def slow_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", slow)
 
 
+def lateness(seconds: float) -> float:
+    """How late this machine wakes a thread that waits for nothing but the time: its load, and no fault of a teacher."""
+    begun = time.monotonic()
+    with pytest.raises(queue.Empty):
+        queue.SimpleQueue().get(timeout=seconds)
+    return time.monotonic() - begun - seconds
+
+
 @pytest.mark.slow
 def test_the_time_limit_holds_for_the_whole_exchange_within_a_tenth(slow_names: None) -> None:
-    with ThreadPoolExecutor(len(SLOW)) as pool:
+    with ThreadPoolExecutor(2 * len(SLOW)) as pool:
+        bare = [pool.submit(lateness, 2.0) for _ in SLOW]  # at the same time, in the same process
         seconds = dict(zip(SLOW, pool.map(lambda name: held(name, 2.0), SLOW), strict=True))
-    print({name: f"{value:.3f} s" for name, value in seconds.items()})
-    assert all(1.99 <= value <= 2.2 for value in seconds.values()), seconds
+        late = max(waiting.result() for waiting in bare)
+    print({name: f"{value:.3f} s" for name, value in seconds.items()}, f"a bare wait is {late:.3f} s late")
+    assert all(1.99 <= value <= 2.2 + late for value in seconds.values()), (seconds, late)
 
 
 def test_a_header_byte_by_byte_does_not_outlast_the_time_limit() -> None:

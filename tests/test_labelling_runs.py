@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from experiments.faults.people import ask_page
 from pbrl.labelling import teacher as teacher_module
 from pbrl.labelling.store import FILE_NAME, LabelStore
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
 from tests.conftest import config, finish, rows, tiny_loop
-from tests.people import Command, answers, ask_page, wait_for
+from tests.people import Command, answers, wait_for
 
 HUMAN = ("teacher=human", "teacher.repeats=0", "teacher.undo_seconds=0", "teacher.task=go", "teacher.size=64")
 OPEN = "teacher.wait=false"

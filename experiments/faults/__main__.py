@@ -10,11 +10,13 @@ and no traceback. Exit code 1 if anything else happened. Needs root for the disk
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.faults.people import somebody
 from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
+from pbrl.labelling.store import FILE_NAME as PEOPLE
 from pbrl.launch.configuration import options as options_of
 from pbrl.records.checkpoint import load_latest, non_finite
 
@@ -112,7 +116,10 @@ class Laboratory:
 
 
 def labels(run: Path) -> int:
-    """Answered queries in the journal, torn lines aside."""
+    """Answered queries in the journal, torn lines aside; people's answers."""
+    if (run / PEOPLE).exists():
+        with contextlib.closing(sqlite3.connect(run / PEOPLE)) as store:
+            return int(store.execute("SELECT count(*) FROM answer").fetchone()[0])
     return sum(line.endswith(b"\n") for line in (run / "answers.jsonl").read_bytes().splitlines(keepends=True))
 
 
@@ -128,7 +135,9 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator, about: str = ""
                 process = start(arguments, lab.output)
                 if rng.random() < 0.85:
                     process.wait_for(READY)
-                time.sleep(rng.uniform(0, 0.5))
+                    for _ in range(rng.integers(4)):  # checkpoints on, however slow the machine is
+                        _wait_for(partial(_further, run, process, _newest(run)))
+                time.sleep(rng.uniform(0, 0.1))
                 if rng.random() < 0.4:  # the most delicate moments deserve more than their share
                     _wait_for(partial(_saving_or_ended, run, process))
                 if process.ended() is not None:
@@ -152,17 +161,38 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator, about: str = ""
 
 
 def matrix(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
-    """The same for every updater and three kinds of teachers, and once on a real simulator."""
+    """The same for every updater and four kinds of teachers; people answer at the page, over HTTP."""
     judges = {
         "mistake": ["teacher=mistake"],
         "remembering": [f"teacher._target_={PARTS}.Remembering"],
         "function": [f"teacher._target_={PARTS}.prefers_less_motion"],
+        "people": ["teacher=human", "teacher.task=go", "teacher.undo_seconds=0", "teacher.size=64"],
     }
-    for updater in sorted(set(options_of("updater")) - {"oracle"}):
-        smooth = ["reward.activation=silu"] if updater in ("aparl", "penalty") else []
-        for name, judge in judges.items():
-            kills(lab, count, rng, f", {updater}, {name}", f"updater={updater}", *smooth, *judge)
-    kills(lab, count, rng, ", walker-walk", "env=walker-walk", "env.horizon=120")
+    smaller = {
+        "aparl": ["reward.activation=silu"],
+        "penalty": ["reward.activation=silu", "updater.walk.rollout_steps=40"],
+        "rime": ["updater.epochs=4", "updater.least_epochs=2", "updater.warm_updates=20"],
+        **{name: ["updater.fit.steps_per_label=null"] for name in ("surf", "qpa")},
+    }
+    with somebody(lab.output):
+        for updater in sorted(set(options_of("updater")) - {"oracle"}):
+            for name, judge in judges.items():
+                more = [f"updater={updater}", *smaller.get(updater, []), *judge]
+                kills(lab, count, rng, f", {updater}, {name}", *more)
+
+
+def simulator(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
+    """The same on a real simulator."""
+    kills(lab, count, rng, ", walker-walk", "env=walker-walk", "env.horizon=120", "total_steps=400", "eval.every=400")
+
+
+def _newest(run: Path) -> str:
+    """The name of the newest finished checkpoint."""
+    return max((path.name for path in (run / "checkpoints").glob("step_*")), default="")
+
+
+def _further(run: Path, process: Process, newest: str) -> bool:
+    return process.ended() is not None or _newest(run) > newest
 
 
 def _saving(run: Path) -> bool:
@@ -390,15 +420,20 @@ def _descendants(pid: int) -> list[int]:
 
 
 def write(rows: list[Row], out: Path) -> None:
-    """table.csv and table.md."""
+    """table.csv and table.md; what they say of other faults stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    content: dict[str, list[str]] = {}
+    if (out / "table.csv").exists():
+        with (out / "table.csv").open(newline="") as file:
+            content = {row[0]: row for row in list(csv.reader(file))[1:]}
+    content |= {row.fault: [row.fault, str(row.times), row.outcome, row.detail] for row in rows}
     with (out / "table.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["fault", "times", "outcome", "detail"])
-        table.writerows([row.fault, row.times, row.outcome, row.detail] for row in rows)
+        table.writerows(content.values())
     lines = ["| fault | times | outcome |", "|---|---|---|"]
-    for row in rows:
-        detail = f". {row.detail}" if row.detail else ""
-        lines.append(f"| {row.fault} | {row.times} | {row.outcome}{detail} |".replace("\n", " "))
+    for fault, times, outcome, detail in content.values():
+        lines.append(f"| {fault} | {times} | {outcome}{'. ' if detail else ''}{detail} |".replace("\n", " "))
     text = "Written by `python -m experiments.faults`; what the outcomes mean: its first lines.\n\n"
     (out / "table.md").write_text(text + "\n".join(lines) + "\n")
 
@@ -416,6 +451,7 @@ def main() -> int:
         groups: dict[str, Callable[[], None]] = {
             "kills": lambda: kills(lab, options.kills, rng),
             "matrix": lambda: matrix(lab, min(options.kills, 10), rng),
+            "simulator": lambda: simulator(lab, min(options.kills, 10), rng),
             "interrupts": lambda: interrupts(lab, rng),
             "files": lambda: files(lab, rng),
             "teachers": lambda: teachers(lab),

@@ -38,6 +38,7 @@ SMALL = [
     "reward.hidden=[16]",
     "feedback.every=60",
     "updater.fit.epochs=4",
+    "updater.fit.least_steps=6",
     "feedback.budget=80",
     "feedback.memory_steps=300",
     "eval.every=200",
@@ -122,7 +123,8 @@ def start(arguments: Sequence[str], output: Path, fault: str = "", real: bool = 
 
 def fresh(run_dir: Path, *more: str) -> list[str]:
     """Arguments of a new small run."""
-    return [*SMALL, f"run_dir={run_dir}", *more]
+    fits = "updater=rime" not in more  # the others have updater.fit
+    return [*(option for option in SMALL if fits or "fit" not in option), f"run_dir={run_dir}", *more]
 
 
 def resumed(run_dir: Path) -> list[str]:

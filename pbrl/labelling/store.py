@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sqlite3
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pbrl.files import printable, refuse_foreign
 
 FILE_NAME = "labelling.sqlite3"  # inside a run directory
 NAME = re.compile(r"[\w][\w .@-]{0,39}")  # of a rater
@@ -50,6 +53,26 @@ CREATE UNIQUE INDEX IF NOT EXISTS once ON answer(question, rater, repeat) WHERE 
 CREATE TABLE IF NOT EXISTS lease (rater TEXT PRIMARY KEY, question INTEGER NOT NULL, repeat INTEGER, until REAL);
 CREATE TABLE IF NOT EXISTS intake (session INTEGER PRIMARY KEY, step INTEGER);
 """
+COLUMNS = {  # of a sound store
+    "question": ["id", "key", "clips", "returns", "asked", "open", "session", "step", "label"],
+    "answer": ["id", "question", "rater", "label", "repeat", "seconds", "given", "undone"],
+    "lease": ["rater", "question", "repeat", "until"],
+    "intake": ["session", "step"],
+}
+UNSOUND = (  # rows that nothing here writes: SQLite keeps any value in any column
+    "SELECT 'question ' || id FROM question WHERE typeof(key) != 'text' OR typeof(clips) != 'blob'"
+    " OR typeof(asked) != 'real' OR open NOT IN (0, 1) OR typeof(session) NOT IN ('integer', 'null')"
+    " OR typeof(step) NOT IN ('integer', 'null') OR (session IS NULL) != (step IS NULL)"
+    " OR typeof(label) NOT IN ('real', 'null') OR NOT coalesce(label, 0) BETWEEN 0 AND 1"
+    " OR typeof(returns) NOT IN ('text', 'null')",
+    "SELECT 'an answer' FROM answer WHERE typeof(id) != 'text' OR typeof(rater) != 'text'"
+    " OR question NOT IN (SELECT id FROM question) OR typeof(label) NOT IN ('real', 'null')"
+    " OR coalesce(label, 0) NOT IN (0, 0.5, 1) OR repeat NOT IN (0, 1) OR typeof(seconds) != 'real'"
+    f" OR NOT seconds BETWEEN 0 AND {LONGEST} OR typeof(given) != 'real' OR typeof(undone) NOT IN ('real', 'null')",
+    "SELECT 'a lease' FROM lease WHERE typeof(rater) != 'text' OR question NOT IN (SELECT id FROM question)"
+    " OR repeat NOT IN (0, 1) OR typeof(until) NOT IN ('real', 'integer')",
+    "SELECT 'an intake' FROM intake WHERE typeof(step) != 'integer'",
+)
 STANDING = "SELECT count(*) FROM answer a WHERE a.question = q.id AND a.repeat = 0 AND a.undone IS NULL"
 
 
@@ -94,6 +117,7 @@ class LabelStore:
 
     Raises:
         ValueError: if the file is there and is not such a store, or a number is out of range.
+        OSError: if it is a link. Every method: if the file cannot be read or written.
     """
 
     def __init__(
@@ -111,14 +135,41 @@ class LabelStore:
             )
         self.path, self.reviews, self.lease, self.repeats, self.clock = Path(path), reviews, lease, repeats, clock
         self._lock = threading.Lock()
+        for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would write through a link
+            refuse_foreign(Path(f"{path}{suffix}"))
         self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         try:
+            self._db.execute("PRAGMA trusted_schema=OFF")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # a committed answer has reached the disk
             self._db.executescript(SCHEMA)
-        except sqlite3.DatabaseError as error:
+            self._check()
+        except (sqlite3.Error, ValueError) as error:
             self._db.close()
-            raise ValueError(f"{path} is not a store of labels: {error}") from error
+            raise ValueError(f"{path} is not a store of labels: {printable(error)}") from error
+
+    def _check(self) -> None:
+        """Refuse a store that somebody else has written, by what is wrong with it."""
+        kinds = self._db.execute("SELECT name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
+        if kinds:
+            raise ValueError(f"it holds a trigger or a view, {kinds[0][0]}")
+        for table, columns in COLUMNS.items():
+            if [row[1] for row in self._db.execute(f"PRAGMA table_info({table})")] != columns:
+                raise ValueError(f"its table {table} has other columns")
+        for query in UNSOUND:
+            if found := self._db.execute(query + " LIMIT 1").fetchone():
+                raise ValueError(f"{found[0]} is damaged")
+        for (rater,) in self._db.execute("SELECT rater FROM answer UNION SELECT rater FROM lease"):
+            if not NAME.fullmatch(rater):
+                raise ValueError(f"{rater!r} is no name of a rater")
+        for (returns,) in self._db.execute("SELECT returns FROM question WHERE returns IS NOT NULL"):
+            try:
+                first, second = json.loads(returns)
+                sound = math.isfinite(first + second)
+            except (TypeError, ValueError, RecursionError):
+                sound = False
+            if not sound:
+                raise ValueError(f"{returns[:40]!r} are no returns")
 
     def close(self) -> None:
         self._db.close()
@@ -126,17 +177,26 @@ class LabelStore:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and nobody else writes meanwhile."""
-        with self._lock:
+        with self._plain_errors(), self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """SQLite's errors (a full disk, a damaged file) are those of files in general."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {printable(error)}") from error
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._plain_errors(), self._lock:
             return self._db.execute(query, values).fetchall()
 
     # ------------------------------------------------------------------------------------------------ training's side

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
+import sqlite3
 import struct
 import zipfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 import pbrl.records.checkpoint
+from pbrl.labelling.store import LabelStore, Pair
 
 BOMB = 2**25  # bytes that a bomb of some 30 kB unpacks to
 
@@ -157,6 +160,71 @@ def other_shapes(run: Path, mark: Path) -> None:
         return buffer.getvalue()
 
     poison(run, "state.pt", reshaped)
+
+
+def object_preferences(run: Path, mark: Path) -> None:
+    (run / "preferences.npz").write_bytes(npz(obs=np.array([Payload(mark)], dtype=object), metadata="{}"))
+
+
+def _store(run: Path, change: str, *values: Any) -> None:
+    """A sound store of labels with two answers, beside which `change` was done in SQL."""
+    with contextlib.closing(LabelStore(run / "labels.npz.sqlite3", repeats=0.0)) as store:
+        store.post([Pair(f"k{i}", b"clips", (0.0, 1.0)) for i in range(2)])
+        for i in range(2):
+            shown = store.next("you")
+            assert shown is not None
+            store.answer(f"a{i}", "you", shown, 1.0, 1.0)
+    with contextlib.closing(sqlite3.connect(run / "labels.npz.sqlite3")) as db, db:
+        assert db.execute(change, values).rowcount != 0
+
+
+def store_rubbish(run: Path, mark: Path) -> None:
+    (run / "labels.npz.sqlite3").write_bytes(b"nothing of the kind" * 1000)
+
+
+def store_of_other_tables(run: Path, mark: Path) -> None:
+    with contextlib.closing(sqlite3.connect(run / "labels.npz.sqlite3")) as db, db:
+        db.execute("CREATE TABLE question (id, key, open, returns, session)")
+
+
+def store_with_a_trigger(run: Path, mark: Path) -> None:
+    _store(run, "CREATE TRIGGER t AFTER INSERT ON answer BEGIN DELETE FROM question; END")
+
+
+def store_with_a_view(run: Path, mark: Path) -> None:
+    _store(run, "CREATE VIEW v AS SELECT load_extension('payload')")
+
+
+def store_with_an_odd_name(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE answer SET rater = ?", "\x1b]0;owned\x07<script>")
+
+
+def store_with_odd_labels(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE answer SET label = 'yes'")
+
+
+def store_with_a_label_beyond_one(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE question SET label = 1e300")
+
+
+def store_with_endless_seconds(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE answer SET seconds = 9e999")
+
+
+def store_with_a_text_for_a_time(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE answer SET given = 'soon'")
+
+
+def store_with_odd_returns(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE question SET returns = ?", "[" * 100_000)
+
+
+def store_with_returns_that_are_no_numbers(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE question SET returns = '[NaN, 1]'")
+
+
+def store_of_answers_to_nothing(run: Path, mark: Path) -> None:
+    _store(run, "UPDATE answer SET question = 99 WHERE id = 'a0'")
 
 
 def odd_names(run: Path, mark: Path) -> None:
