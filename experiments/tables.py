@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.fitting import WAYS
 from experiments.theory.report import interval, slope
 from pbrl.comparing.curves import tail_mean
 from pbrl.comparing.runs import ORACLE, Run, find_runs
@@ -116,15 +117,93 @@ def sac_update() -> Table:
     """Wall time of one SAC update."""
     variants = {"stock": "stock SB3", "fp32": "fp32", "fp32 compiled": "fp32, compiled", "bf16": "bf16"}
     variants |= {"bf16 compiled": "bf16, compiled"}
+    compiled = ("fp32 compiled", "bf16 compiled")
     rows = json.loads((STORED / "benchmarks" / "update.json").read_text())["results"]
     found = {(row["setting"], row["threads"], row["variant"].replace(", ", " ")): row for row in rows}
-    table = [["setting", "threads", *variants.values()]]
+    table = [["setting", "threads", *variants.values(), "of the machine's rate, compiled: fp32, bf16"]]
     for setting, threads in dict.fromkeys((row["setting"], row["threads"]) for row in rows):
         cells = [found.get((setting, threads, variant)) for variant in variants]
         shown = [
             "–" if c is None else _time(c["ms"]) + f" ({c['ratio_ms']:.2f}×)" * (c["ratio_ms"] != 1) for c in cells
         ]
-        table.append([setting, str(threads), *shown])
+        rates = ", ".join(f"{found[setting, threads, variant]['roofline_ms']:.0%}" for variant in compiled)
+        table.append([setting, str(threads), *shown, rates])
+    return table
+
+
+def end_to_end() -> Table:
+    """A whole run on one thread: steps per second and where the time goes, means of the repeats."""
+    rows = json.loads((STORED / "benchmarks" / "end_to_end.json").read_text())["results"]
+    shares = ("update", "reward", "simulator", "evaluation", "pay")
+    table = [["updates and reward code", "steps/s", *(f"{share}, share of the time" for share in shares), "other"]]
+    means = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        means[variant] = {key: np.mean([row[key] for row in own]) for key in own[0] if key != "variant"}
+    for variant, found in sorted(means.items(), key=lambda item: float(item[1]["steps_per_second"])):
+        ratio = found["steps_per_second"] / means["stock"]["steps_per_second"]
+        shown = [f"{found[f'{share}_share']:.0%}" for share in shares]
+        rest = 1 - sum(found[f"{share}_share"] for share in shares)
+        name = "SB3's `train`, straightforward reward code" if variant == "stock" else variant
+        table.append([name, f"{found['steps_per_second']:.0f} ({ratio:.1f}×)", *shown, f"{rest:.0%}"])
+    return table
+
+
+def fitting() -> Table:
+    """Rank correlation of learned and true reward on the 5000 steps after the tenth session, by way of fitting."""
+    tasks = [path.stem for path in sorted((STORED / "fitting").glob("*.csv"))]
+    found = {task: {row["way"]: row for row in _rows(f"fitting/{task}.csv")} for task in tasks}
+    ways = dict.fromkeys(way for task in ("walker-walk", *tasks) for way in found[task])
+    table = [["fitted (by segment, by step)", *tasks]]
+    for way in sorted(ways, key=list(WAYS).index):
+        cells = [found[task].get(way) for task in tasks]
+        shown = [
+            "–" if row is None else f"{float(row['by_segment']):.2f}, {float(row['by_step']):.2f}" for row in cells
+        ]
+        table.append([way, *shown])
+    return table
+
+
+def second_term_runs() -> Table:
+    """The second term in the bf16 runs: split halves, size beside Term 1, and what the reward came to."""
+    table = [
+        [
+            "method",
+            "updates with an estimate",
+            "cosine of the halves over 0.3: how many, most in a row",
+            "Term 2's raw norm over Term 1's",
+            "walker-walk, last five sessions: loss on the answers",
+            "rank correlation with the task's reward: range, median",
+        ]
+    ]
+    found: dict[str, list[tuple[str, list[dict[str, float]]]]] = {}
+    for task in ("walker-walk", "window-open"):
+        for path in sorted((STORED / "first-light" / task).glob("*/metrics.jsonl")):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found.setdefault(path.parent.name.rpartition("-s")[0], []).append((task, rows))
+    for method in ("aparl", "penalty", "aparl-raw"):
+        name, agreed, together, sizes, losses, ranks = method.split("-")[0], 0, 0, [], [], []
+        for task, rows in found[method]:
+            sessions = [row for row in rows if "feedback/session" in row]
+            row_of = 0
+            for row in sessions:
+                high = (row[f"{name}/split_cosine"] or 0) > 0.3
+                row_of = row_of + 1 if high else 0
+                agreed, together = agreed + high, max(together, row_of)
+            sizes += [row[f"{name}/term2_norm"] / one for row in sessions if (one := row.get(f"{name}/term1_norm"))]
+            if task == "walker-walk":
+                losses += [row["reward/loss"] for row in sessions[-5:]]
+                ranks += [row["reward/rank_correlation"] for row in rows if "reward/rank_correlation" in row][-5:]
+        table.append(
+            [
+                f"`{method}`",
+                str(len(sizes)),
+                f"{agreed}, {together}",
+                " to ".join(f"{size:,.0f}" if size >= 10 else f"{size:.2g}" for size in (min(sizes), max(sizes))),
+                f"{min(losses):.2f} to {max(losses):.2f}",
+                f"{min(ranks):.2f} to {max(ranks):.2f}, {np.median(ranks):.2f}",
+            ]
+        )
     return table
 
 
@@ -237,6 +316,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
+    "end-to-end": end_to_end,
+    "fitting": fitting,
+    "second-term-runs": second_term_runs,
     "theory": theory,
     "gaming": gaming,
 }

@@ -35,8 +35,9 @@ ROBOT_COLUMNS = (
 
 
 def robot_tables() -> list[str]:
-    """One for each environment whose CSV is stored."""
-    return [tables.robot_table(OUT, path.stem) for path in sorted(OUT.glob("*-*.csv"))]
+    """One for each environment whose CSV is stored, and what can be seen in them."""
+    envs = [path.stem for path in sorted(OUT.glob("*-*.csv"))]
+    return [*(tables.robot_table(OUT, env) for env in envs), tables.seen_table(OUT, envs)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -71,3 +71,27 @@ def robot_table(folder: Path, env: str) -> str:
             cells.append(f"{several}; {seconds:.1f} s" if own else "–")
         found.append([name, *cells])
     return table([f"{env}", *(f"{int(size) // 1000}k steps" for size in sizes)], found)
+
+
+def seen_table(folder: Path, envs: list[str]) -> str:
+    """Which estimators can be seen at which size, by the halves' cosines over the stretches.
+
+    yes: of at least four stretches all are above 0 and the median is at least 0.3, which the gate finds in some thirty
+    updates; no: of at least four, not so; else how many stretches there are, which is too few to tell.
+    """
+    columns = [(env, row["steps"]) for env in envs for row in read(folder / f"{env}.csv")]
+    columns = list(dict.fromkeys(sorted(columns, key=lambda column: (column[0], int(column[1])))))
+    cosines: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for env in envs:
+        for row in read(folder / f"{env}.csv"):
+            if row["split_cosine"]:
+                own = cosines.setdefault(row["estimator"], {}).setdefault((env, row["steps"]), [])
+                own.append(float(row["split_cosine"]))
+    head = [f"{env}, {int(size) // 1000}k" for env, size in columns]
+    return table(["seen?", *head], [[name, *(_seen(own.get(c, [])) for c in columns)] for name, own in cosines.items()])
+
+
+def _seen(values: list[float]) -> str:
+    if len(values) < 4:
+        return f"{len(values)} only"
+    return "**yes**" if min(values) > 0 and median(values) >= 0.3 else "no"
