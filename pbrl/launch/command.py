@@ -15,6 +15,7 @@ constructors that this command line really names.
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import re
 import shlex
@@ -31,7 +32,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options, unknown
+from pbrl.interfaces import Updater
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, find_target, options, unknown
 
 GRAMMAR = "expected KEY=VALUE; a value with spaces, commas, brackets or = is quoted twice: 'KEY=\"VALUE\"'"
 ALL_CHECKED = 32  # members of a sweep before its first run starts; of a larger one, each value of each swept key once
@@ -66,6 +68,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             cfg = composed(member, where)
             if cfg.get("resume") is None:  # the config of a resumed run is the stored one
                 check(cfg, complete=flags.cfg is None and flags.info is None)
+                _check_asked(cfg, given)
     if many:
         swept = [f"'{override.key_or_group}'" for override in given if override.is_sweep_override()]
         overrides.append(f"hydra.callbacks.summary.swept=[{','.join(swept)}]")
@@ -116,6 +119,20 @@ def _check_choice(override: Override) -> None:
     if not isinstance(override.value(), str) and not (group in ("experiment", "launcher") and not override.value()):
         own = f", or {group}._target_=my_module.MyClass" if group in GROUPS else ""
         raise ConfigError(f"{override.input_line}; expected one name of {', '.join(options(group))}{own}")
+
+
+def _check_asked(cfg: DictConfig, given: Sequence[Override]) -> None:
+    """A teacher is chosen for an updater that asks one. In a sweep over updaters, others may."""
+    updater = find_target("updater", cfg.updater._target_)
+    asks = not (inspect.isclass(updater) and issubclass(updater, Updater) and updater.pairs == "none")
+    if asks or any(o.key_or_group == "updater" and o.is_sweep_override() for o in given):
+        return
+    for override in given:
+        if override.key_or_group.split(".")[0] == "teacher":
+            raise ConfigError(
+                f"{override.input_line} has no effect: {updater.__name__} asks nobody, its agent is paid the task's "
+                "own reward; leave it out, or choose another updater"
+            )
 
 
 def rewrite(overrides: Sequence[Override]) -> list[str]:
