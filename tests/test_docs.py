@@ -102,6 +102,16 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target} is not there"
 
 
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, open_pages = set(), [ROOT / "README.md"]
+    while open_pages:
+        page = open_pages.pop()
+        reached.add(page)
+        linked = re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", page.read_text())
+        open_pages += [path for target in linked if (path := (page.parent / target).resolve()) not in reached]
+    assert not set(PAGES) - reached
+
+
 README = [words for words in commands(ROOT / "README.md") if words[0] == "python" and "experiment=quick" not in words]
 
 
