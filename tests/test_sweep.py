@@ -159,6 +159,29 @@ def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), ("launcher=local", "hydra.launcher.n_jobs=2")], ids=["basic", "local"])
+def test_ctrl_c_on_a_sweep_saves_its_runs_and_says_how_to_go_on(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    arguments = [*launcher, "updater=oracle", "seed=0,1,2"]
+    under_way = 2 if launcher else 1
+    process = start(tmp_path, *arguments, "total_steps=90000")
+    try:
+        while len(list((tmp_path / "runs").rglob("checkpoints/*/config.yaml"))) < under_way:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to every process of the command
+        shown, _ = process.communicate(timeout=60)
+    finally:
+        kill(process)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert f"{under_way} run{'s' * (under_way > 1)}: {under_way} stopped" in shown
+    assert shown.splitlines()[-1] == "stopped; the same command again goes on with what is left"
+    for folder in runs(tmp_path):
+        assert "stopped at step" in (folder / "log.txt").read_text()
+    assert shown.count(": and saved") == under_way
+
+
+@pytest.mark.slow
 @NEEDS_RAY
 @pytest.mark.timeout(900)
 def test_a_sweep_joins_a_ray_cluster_that_asks_for_a_token(tmp_path: Path, ray_folder: Path) -> None:

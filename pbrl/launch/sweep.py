@@ -7,6 +7,7 @@ process of its own, so that even a crash of one leaves the others alone; and a s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,15 @@ def run_folder(root: Path, choices: dict[str, str], overrides: list[str], swept:
     return parent / name
 
 
-def run_in_sweep(cfg: DictConfig, choices: dict[str, str], overrides: list[str], hydra: Any) -> dict[str, Any]:
+def run_in_sweep(cfg: DictConfig, choices: dict[str, str], overrides: list[str], hydra: Any) -> dict[str, Any] | None:
     """Start, resume or skip one run of a sweep and wait for it; nothing that happens to it is raised.
 
     Returns:
         folder, status (finished, skipped, failed or stopped), the reason of the latter two, and the last true return
-        and success.
+        and success; None if the sweep was stopped before.
     """
+    if _stopping():
+        return None
     cwd = Path(hydra.runtime.cwd)
     folder = run_folder(cwd / hydra.sweep.dir, choices, overrides, hydra.callbacks.summary.swept)
     _note({"folder": str(folder), "status": "running", "reason": ""})
@@ -161,7 +165,11 @@ def _run(job: bytes, log: Path, cwd: Path, threads: int | None) -> tuple[str, st
             assert process.stdin is not None
             process.stdin.write(job)
             process.stdin.flush()
-            code = process.wait()
+            while (code := process.poll()) is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if _stopping():
+                    process.stdin.close()  # it saves and ends
     if code == 0:
         return "finished", ""
     if code < 0:
@@ -197,9 +205,12 @@ class Summary(Callback):
         self.folder = Path(hydra.runtime.cwd) / hydra.sweep.dir / ".sweeps" / name
         self.folder.mkdir(parents=True)
         _current["folder"] = self.folder
+        if "joblib" in hydra.launcher._target_:
+            take_interrupts(self.folder)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folder is not None:
+            _current["folder"] = self.folder
             _current["note"] = self.folder / f"{config.hydra.job.num}.json"
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -207,11 +218,41 @@ class Summary(Callback):
             _note(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        stopped = _stopping()
         if print_summary():
-            raise SystemExit(1)
+            print(STOPPED if stopped else "the same command again resumes these and skips the others")
+            raise SystemExit(130 if stopped else 1)
 
 
 _current: dict[str, Path] = {}  # folder: of this process's sweep; note: of the run that it starts now
+STOPPING = "\nstopping: the runs under way save and end (Ctrl-C again: leave at once)"
+STOPPED = "stopped; the same command again goes on with what is left"
+
+
+def take_interrupts(folder: Path) -> None:
+    """Let a thread take Ctrl-C. joblib would kill whatever its workers have started, before it has saved.
+
+    The workers inherit that Ctrl-C does not reach them. They learn from the sweep's folder that it is to stop.
+    """
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGINT})
+        print(STOPPING, file=sys.stderr)
+        (folder / "stop").touch()
+        signal.sigwait({signal.SIGINT})
+        os._exit(130)
+
+    from joblib.externals.loky.backend import resource_tracker as joblibs
+
+    for tracker in (resource_tracker, joblibs):
+        tracker.ensure_running()  # its start would let Ctrl-C through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _stopping() -> bool:
+    """Whether this process's sweep was told to stop."""
+    return "folder" in _current and (_current["folder"] / "stop").exists()
 
 
 def _note(outcome: dict[str, Any]) -> None:
@@ -229,7 +270,8 @@ def print_summary() -> bool:
     outcomes = [json.loads(path.read_text()) for path in paths]
     shutil.rmtree(folder)
     counts = Counter(outcome["status"] for outcome in outcomes)
-    print(f"\n{len(outcomes)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    runs = "run" if len(outcomes) == 1 else "runs"
+    print(f"\n{len(outcomes)} {runs}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     shown = [os.path.relpath(outcome["folder"]) for outcome in outcomes]
     width = max(map(len, shown), default=0)
     print(f"  {'':8}  {'':{width}}  {'return':>9}  {'success':>7}")
@@ -241,8 +283,6 @@ def print_summary() -> bool:
     for i in unfinished:
         if outcomes[i]["reason"]:
             print(f"  {outcomes[i]['status']} {shown[i]}: {outcomes[i]['reason']}")
-    if unfinished:
-        print("the same command again resumes these and skips the others")
     return bool(unfinished)
 
 
@@ -250,22 +290,24 @@ def end_interrupted() -> None:
     """After Ctrl-C on a sweep: wait until its runs have saved, print the summary and how to go on, and exit."""
     if "folder" not in _current:
         raise SystemExit(130)
-    print("\nstopping: the runs under way save and end (Ctrl-C again: leave at once)", file=sys.stderr)
+    print(STOPPING, file=sys.stderr)
     for path in _current["folder"].glob("*.json"):
         outcome = json.loads(path.read_text())
         if outcome["status"] != "running":
             continue
         folder = Path(outcome["folder"])
-        status, reason = "stopped", "and saved"
+        status, reason = "stopped", "its last checkpoint is kept"
         try:
             with lock(folder, LOCK_SECONDS):
                 if _is_complete(folder):
                     status, reason = "finished", ""
+                elif "stopped at step" in (folder / "log.txt").read_text(errors="replace")[-2000:]:
+                    reason = "and saved"
         except ConfigError:
             status, reason = "running", "elsewhere; it goes on"
         path.write_text(json.dumps(_outcome(folder, status, reason)))
     print_summary()
-    print("stopped; the same command again goes on with what is left")
+    print(STOPPED)
     raise SystemExit(130)
 
 
@@ -274,6 +316,7 @@ def main() -> None:
     from pbrl.launch.one_run import run
     from pbrl.records.checkpoint import CheckpointError
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked in joblib's workers: take_interrupts
     cfg, choices, overrides, folder = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     try:
