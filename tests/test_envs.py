@@ -75,7 +75,9 @@ def test_every_config_makes_an_environment_that_passes_sb3s_check(path):
 
 
 def test_the_promised_environments_have_configs():
-    promised = "door-open button-press button-press-topdown drawer-open drawer-close sweep-into hammer window-open "
+    promised = (
+        "door-open door-close button-press button-press-topdown drawer-open drawer-close sweep-into hammer window-open "
+    )
     promised += "door-unlock walker-walk walker-run cheetah-run quadruped-walk quadruped-run pointmass metaworld "
     promised += "dm_control gymnasium"
     assert {path.stem for path in CONFIGS} >= set(promised.split())

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from envs.pointmass import PointMass
-from pbrl.launch.configuration import CONF, ConfigError
+from pbrl.launch.configuration import ConfigError
 from pbrl.launch.one_run import print_summary
 from pbrl.records.videos import BAR, SIZE, film_pairs
 from pbrl.types import Answer, Query, Segments
-from tests.conftest import finish, rows, tiny_loop
+from tests.conftest import config, finish, rows, tiny_loop
 from tests.films import read_film
 
 
@@ -35,7 +35,7 @@ def test_the_closing_lines_name_the_film_of_the_last_evaluation(
     summary = finish(tiny_loop(tmp_path / "run", "eval.video=true", "updater=oracle", "eval.every=600"))
     print_summary(summary, tmp_path / "run")
     assert f"film of the last evaluation    {tmp_path}/run/videos/eval_000000600.mp4\n" in capsys.readouterr().out
-    assert "eval: {every: 5000, episodes: 5, video: true}" in (CONF / "experiment/quick.yaml").read_text()
+    assert config("experiment=quick")[0].eval.video
 
 
 def test_the_preferred_segment_has_the_bar(tmp_path: Path) -> None:
