@@ -159,8 +159,6 @@ class AnsweredPage:
     at the page who answers by the task's own returns, over HTTP as the page does."""
 
     def __init__(self, settings: Mapping[str, Any], port: int = 0) -> None:
-        import uvicorn
-
         self.store = LabelStore(settings["path"], settings["reviews"], settings["lease"], settings["repeats"])
         bound = server.bind("127.0.0.1", port)
         self.port = bound.getsockname()[1]
@@ -168,8 +166,7 @@ class AnsweredPage:
         chosen = {**settings, "token": "0123456789abcdef", "draw": False}
         clips = server.Clips(self.store, settings["env"], settings["size"], False)
         app = server.Labelling(chosen, self.store, clips, server.own_hosts("127.0.0.1", self.port))
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
-        self._server = uvicorn.Server(config)
+        self._server = server.web_server(app)
         self._left = threading.Event()
         self._threads = [
             threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 
 from envs.pointmass import PointMass
 from pbrl.asking import AnswerJournal, ask
-from pbrl.labelling import drawing
+from pbrl.labelling import drawing, server
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import LabelStore, Pair, Refused, Shown, Taken
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
@@ -28,7 +29,7 @@ from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
 from tests.films import read_film
-from tests.people import wait_for
+from tests.people import AnsweredPage, wait_for
 
 STEPS = 10
 
@@ -424,6 +425,33 @@ def test_floods_and_broken_connections_leave_it_standing(served: tuple[Client, L
     codes = [client.request("POST", "/api/state", {"rater": "you"}, {"Authorization": ""})[0] for _ in range(400)]
     assert codes.count(403) >= 200 and set(codes) <= {403, 429}
     wait_for(lambda: client.request("POST", "/api/state", {"rater": "you"})[0] == 200, 10)
+
+
+def test_connections_without_a_whole_request_do_not_keep_people_out(served: tuple[Client, LabelStore]) -> None:
+    client, _ = served
+    with contextlib.ExitStack() as stack:
+        for i in range(150):  # more than it serves at once
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", client.port), timeout=5))
+            connection.sendall(b"POST /api/state HTTP/1.1\r\nX-A: " + b"a" * i)
+        for _ in range(5):
+            assert client.request("GET", "/", None, {"Authorization": ""})[0] == 200
+
+
+def test_a_request_header_by_header_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WAITING_SECONDS", 0.3)
+    make_store(tmp_path, 0).close()
+    page = AnsweredPage(settings(tmp_path / "labels.sqlite3"))
+    try:
+        with socket.create_connection(("127.0.0.1", page.port), timeout=5) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\n")
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):  # the other side has hung up
+                while time.monotonic() < begun + 20:
+                    connection.sendall(b"X-A: a\r\n")
+                    time.sleep(0.02)
+            assert time.monotonic() - begun < 10
+    finally:
+        page.close()
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +133,11 @@ def test_a_run_taught_by_key_presses_learns(chromium: Any, tmp_path: Path) -> No
             if person.shown() is not None:
                 person.judge()
                 pressed += 1
+                if pressed in (
+                    8,
+                    20,
+                ):  # in the middle of a session: the run starts the page again, the browser finds it
+                    os.kill(command.servers()[0], signal.SIGKILL)
             else:
                 time.sleep(0.1)
             assert time.monotonic() < begin + 900, command.output
@@ -138,7 +145,7 @@ def test_a_run_taught_by_key_presses_learns(chromium: Any, tmp_path: Path) -> No
     finally:
         if command.process.poll() is None:
             command.process.kill()
-    assert person.complaints == [] or all("ERR_CONNECTION_REFUSED" in said for said in person.complaints)
+    assert all("ERR_CONNECTION" in said or "ERR_EMPTY" in said for said in person.complaints), person.complaints
     given = [row for row in answers(run_dir) if not row[3]]
     assert len(given) == 30 and pressed >= 30
     shutil.rmtree(run_dir / "checkpoints" / "unused", ignore_errors=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import itertools
 import shutil
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ from pbrl.labelling import teacher as teacher_module
 from pbrl.labelling.store import FILE_NAME, LabelStore
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
-from tests.conftest import config, finish, rows, tiny_loop
+from pbrl.preferences import main as preferences_main
+from tests.conftest import TINY, config, finish, rows, tiny_loop
 from tests.people import Command, answers, wait_for
 
 HUMAN = ("teacher=human", "teacher.repeats=0", "teacher.undo_seconds=0", "teacher.task=go", "teacher.size=64")
@@ -160,6 +165,69 @@ def test_kill_9_of_training_in_the_middle_of_a_session_loses_and_doubles_nothing
     assert '"feedback/labels": 8' in (run_dir / "summary.json").read_text()
 
 
+def attacks(link: str) -> Iterator[tuple[int, bytes]]:
+    """What the page's server says to somebody without its token, from elsewhere, or with rubbish, over and over."""
+    address, _, token = link.partition("/#")
+    host = address.removeprefix("http://")
+    own = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    good = b'{"rater": "mallory", "answer": "x", "number": 1, "repeat": false, "label": 1, "seconds": 1.0}'
+    wrong: list[tuple[str, str, dict[str, str], bytes]] = [
+        ("POST", "/api/answer", own | {"Authorization": "Bearer wrong"}, good),
+        ("POST", "/api/answer", own | {"Host": "evil.example"}, good),
+        ("POST", "/api/answer", own | {"Origin": "http://evil.example"}, good),
+        ("POST", "/api/answer", own, good[:-5]),
+        ("POST", "/api/answer", own, b"[" * 4000),
+        ("POST", "/api/answer", own, b" " * 100_000),
+        ("GET", "/../../../../etc/passwd", own, b""),
+        ("GET", "/%2e%2e/labelling.sqlite3", own, b""),
+        ("GET", "/api/clip?number=../../config.yaml", own, b""),
+    ]
+    for method, path, headers, body in itertools.cycle(wrong):
+        connection = http.client.HTTPConnection(host, timeout=30)
+        try:
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            yield reply.status, reply.read()
+        except OSError:  # it hangs up on too long a body
+            yield 413, b"\n"
+        finally:
+            connection.close()
+
+
+@pytest.mark.slow
+def test_attacks_on_the_page_of_a_running_training_change_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = Command(*TINY, *HUMAN, f"run_dir={run_dir}")
+    try:
+        link = command.link()
+        page, said, idle = ask_page(link), list[tuple[int, bytes]](), 0
+        slow = [socket.create_connection(link.split("/")[2].split(":"), timeout=30) for _ in range(30)]
+        for connection in slow:
+            connection.sendall(b"POST /api/answer HTTP/1.1\r\nContent-Length: 9999\r\nX-A: ")
+        for status in attacks(link):
+            if command.process.poll() is not None:
+                break
+            said.append(status)
+            if len(said) % 20:
+                continue
+            try:
+                question = page("state")["question"]
+                if question is not None:
+                    page("answer", answer=f"{question}", **question, label=1, seconds=1.0)
+            except OSError:  # refused with the rest of the flood: somebody who has the token tries again
+                idle += 1
+        for connection in slow:
+            connection.close()
+        assert command.wait() == 0, command.output
+    finally:
+        if command.process.poll() is None:
+            command.process.kill()
+    assert "Traceback" not in command.output
+    assert len(said) > 100 and {status for status, _ in said} <= {400, 403, 404, 413, 421, 429}, said[:20]
+    assert all(text.count(b"\n") == 1 and len(text) < 200 for _, text in said)
+    assert [row[1] for row in answers(run_dir)] == ["you"] * 15, "each of the budget's, and nobody else's"
+
+
 def test_shipped_settings_for_people_compose() -> None:
     for name in ("teach-pointmass", "teach-walker"):
         cfg, choices = config(f"experiment={name}")
@@ -167,12 +235,16 @@ def test_shipped_settings_for_people_compose() -> None:
 
 
 @pytest.mark.slow
-def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path, tmp_path: Path) -> None:
-    exported = tmp_path / "oracle.npz"
-    shutil.copy(tiny_run / "preferences.npz", exported)
-    out = tmp_path / "people.npz"
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path, tmp_path: Path, folder: bool) -> None:
+    source, out = tmp_path / "oracle.npz", tmp_path / "people.npz"
+    if folder:
+        source = shutil.copytree(tiny_run, tmp_path / "labelled")
+        out = source / "labels.npz"
+    else:
+        assert preferences_main(["export", str(tiny_run), str(source)]) == 0
     for stop_after in (6, 9):
-        command = Command(str(exported), f"--out={out}", "--repeats=0", module="pbrl.label")
+        command = Command(str(source), *([] if folder else [f"--out={out}"]), "--repeats=0", module="pbrl.label")
         try:
             page = ask_page(command.link())
             for i in range(stop_after):
@@ -190,3 +262,6 @@ def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path,
     assert labelled.about["raters"]["you"]["answers"] == 15.0
     finish(tiny_loop(tmp_path / "run", f"import_preferences={out}", "feedback.budget=20"))
     assert Preferences.load(tmp_path / "run" / "preferences.npz").counts["asked"] == 20
+    if folder:  # and what it has is read by the tools for files, and labelled once more
+        assert preferences_main(["merge", str(out), str(tmp_path / "again.npz")]) == 0
+        finish(tiny_loop(source, f"resume={source}"))

@@ -32,6 +32,7 @@ from pbrl.labelling.store import LabelStore, Refused, Shown
 BODY, BODY_SECONDS = 4096, 5.0  # size of a request's body, and time for it to arrive
 RATE, BURST = 100.0, 200.0  # requests a second, and at once
 CONNECTIONS = 100  # at the same time
+WAITING, WAITING_SECONDS = 50, 10.0  # connections without a whole request, and how long each may be one
 CLIPS_KEPT = 64  # drawn clips in memory
 AHEAD = 4  # questions drawn before they are shown
 LINGER = 3.0  # seconds for which a finished run's page can still say so
@@ -351,10 +352,55 @@ def own_hosts(host: str, port: int) -> set[str] | None:
     return {f"{name}:{port}" for name in ("localhost", "127.0.0.1", "[::1]", host)} if loopback else None
 
 
+def web_server(app: Labelling) -> Any:
+    """uvicorn's server; connections that send no whole request are given up, the oldest first when they are many."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Patient(H11Protocol):
+        since = 0.0  # when this connection began to wait for a request
+
+        @property
+        def waits(self) -> bool:
+            return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+            waiting = [other for other in self.connections if isinstance(other, Patient) and other.waits]
+            if len(waiting) > WAITING:
+                min(waiting, key=lambda other: other.since).transport.close()
+
+        def on_response_complete(self) -> None:
+            self._wait()
+            super().on_response_complete()
+
+        def _wait(self) -> None:
+            self.since = time.monotonic()
+            self.loop.call_later(WAITING_SECONDS, self._end, self.since)
+
+        def _end(self, since: float) -> None:
+            if self.waits and self.since == since:
+                self.transport.close()
+
+    config = uvicorn.Config(
+        app,
+        http=Patient,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=1,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+    )
+    return uvicorn.Server(config)
+
+
 def main() -> None:
     """Serve until the standard input ends."""
-    import uvicorn
-
     settings = json.loads(sys.stdin.readline())
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # malformed requests are no news
     try:
@@ -368,19 +414,7 @@ def main() -> None:
     except (OSError, ValueError, RuntimeError) as error:
         _say({"error": str(error).split("\n")[0]})
         return
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=1,
-        server_header=False,
-        ws="none",
-        proxy_headers=False,
-    )
-    server = uvicorn.Server(config)
+    server = web_server(app)
     threading.Thread(target=_listen, args=(app, server), daemon=True).start()
     _say({"port": port})
     server.run(sockets=[bound])
