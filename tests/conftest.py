@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import pbrl.asking
 from envs.pointmass import PointMass
+from experiments.faults.runs import TINY
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import AnswerJournal
 from pbrl.interfaces import as_teacher
@@ -32,29 +33,6 @@ torch.set_num_threads(1)
 register_resolvers()
 
 option = make  # what a shipped option describes: so that what is tested is what is run
-
-# A whole preference run in about a second: every phase happens, nothing has time to become good.
-TINY = (
-    "env=pointmass",
-    "updater=pebble",
-    "threads=1",
-    "total_steps=600",
-    "segment_length=10",
-    "agent.learning_starts=100",
-    "agent.net_arch=[16,16]",
-    "agent.batch_size=32",
-    "agent.buffer_size=10000",
-    "reward.hidden=[16,16]",
-    "pretraining.steps=100",
-    "pretraining.updates=5",
-    "feedback.budget=15",
-    "feedback.per_session=5",
-    "feedback.every=100",
-    "eval.every=250",
-    "eval.episodes=2",
-    "checkpoint_every=300",
-    "log_every=100",
-)
 
 
 def point_mass_agent(**changes: Any) -> PreferenceSAC:

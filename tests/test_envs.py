@@ -79,7 +79,7 @@ def test_the_promised_environments_have_configs():
         "door-open door-close button-press button-press-topdown drawer-open drawer-close sweep-into hammer window-open "
     )
     promised += "door-unlock walker-walk walker-run cheetah-run quadruped-walk quadruped-run pointmass metaworld "
-    promised += "dm_control gymnasium"
+    promised += "dm_control gymnasium coffee-button"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

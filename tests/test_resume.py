@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 import pbrl.loop
+from experiments.faults.runs import TINY
 from experiments.faults.same import differences, metrics
 from pbrl.labelling import teacher as labelling
 from pbrl.labelling.teacher import HumanTeacher
@@ -30,30 +31,24 @@ from pbrl.records.checkpoint import load_latest
 from pbrl.types import Answer, Query, Teacher
 from tests.people import AnsweredPage, answers
 
-TINY = [
-    "env=pointmass",
-    "updater=pebble",
-    "threads=1",
+WRAPPED = [  # often stored, and its rings wrap
+    *TINY,
     "device=cpu",
-    "total_steps=600",
     "checkpoint_every=25",
     "log_every=30",
-    "segment_length=10",
     "pretraining.steps=60",
-    "pretraining.updates=5",
     "agent.learning_starts=60",
     "agent.net_arch=[8,8]",
     "agent.batch_size=16",
-    "agent.buffer_size=300",  # the replay wraps
+    "agent.buffer_size=300",
     "reward.hidden=[8]",
     "updater.fit.epochs=4",
     "updater.fit.least_steps=6",
     "feedback.every=60",
     "feedback.budget=40",
     "feedback.per_session=6",
-    "feedback.memory_steps=280",  # so do the rollouts
+    "feedback.memory_steps=280",
     "eval.every=100",
-    "eval.episodes=2",
 ]
 MORE = {
     "aparl": ["reward.activation=silu"],
@@ -82,7 +77,7 @@ class Crash(BaseException):
 def made(run_dir: Path, *more: str, resume: bool = False) -> Loop:
     """A loop that is ready to run."""
     fits = not {"updater=oracle", "updater=rime"} & {*more}  # others do: they have updater.fit
-    tiny = [option for option in TINY if fits or not option.startswith("updater.")]
+    tiny = [option for option in WRAPPED if fits or not option.startswith("updater.")]
     there = (
         [f"resume={run_dir}", "trust=[tests.test_resume,experiments.faults.parts]"]
         if resume

@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
+from experiments.faults.runs import TINY
 from pbrl.launch.build import build
 from pbrl.launch.configuration import register_resolvers
 from pbrl.loop import Loop
@@ -26,25 +27,22 @@ WARM_UP = 40_000  # environment steps
 EVERY = 5000  # environment steps between readings
 UPDATES = 20  # calls of the agent's update of which one is done
 LIMIT = 0.02  # growth of the resident memory
-SMALL = [
-    "env=pointmass",
-    "updater=pebble",
-    "threads=1",
-    "agent.net_arch=[16,16]",
-    "agent.batch_size=32",
+SMALL = (
+    *TINY,
     "agent.buffer_size=20000",
     "agent.learning_starts=500",
     "reward.hidden=[16]",
-    "segment_length=10",
     "pretraining.steps=500",
+    "pretraining.updates=100",
     "feedback.memory_steps=20000",
     "feedback.every=1000",
     "feedback.budget=2000",
+    "feedback.per_session=10",
     "updater.fit.epochs=1",
     "eval.every=5000",
-    "eval.episodes=2",
     "checkpoint_every=5000",
-]
+    "log_every=1000",
+)
 
 
 def resident() -> float:
