@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks import end_to_end, kinds, parts, timing, update
+from experiments.benchmarks import end_to_end, kinds, labelling, parts, timing, update
 from experiments.benchmarks.timing import machine, store
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "entropy": parts.entropy,
     "replay": parts.replay,
     "end_to_end": end_to_end.run,
+    "labelling": labelling.run,
 }
 SCRIPTS = ("k_center", "reward_update", "checkpoint")  # with options of their own; run here with their defaults
 

@@ -432,8 +432,10 @@ def _listen(app: Labelling, server: Any) -> None:
 
 
 def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    try:
+        print(json.dumps(line), flush=True)
+    except BrokenPipeError:  # who started it was killed: its input has ended too
+        os._exit(1)
 
 
 if __name__ == "__main__":
