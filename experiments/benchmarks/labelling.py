@@ -100,7 +100,7 @@ def _run(folder: Path) -> list[dict[str, Any]]:
 
     def hook() -> bool:
         window, rest = divmod(loop.step - FIRST, STEPS)
-        if window != len(marks) or rest:  # once at the end of each window
+        if window != len(marks) or rest or window > len(order):  # once at the end of each window
             return False
         if marks:
             wall, cpu, beside = (now - then for now, then in zip(_now(service), marks[-1], strict=True))

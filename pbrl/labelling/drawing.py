@@ -116,8 +116,6 @@ class Process:
 def _serve(pipe: Any, env_config: Mapping[str, Any], size: int, yields: bool) -> None:
     """The drawing process: builds its environment, draws what it is sent, ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if yields and hasattr(os, "nice"):
-        os.nice(19)
     try:
         from hydra.utils import instantiate
 
@@ -129,6 +127,8 @@ def _serve(pipe: Any, env_config: Mapping[str, Any], size: int, yields: bool) ->
         return
     with Path(os.devnull).open("w") as nowhere:  # what ffmpeg says when it is killed is no news
         os.dup2(nowhere.fileno(), 2)
+    if yields and hasattr(os, "nice"):  # from here on: training waits for the start
+        os.nice(19)
     seconds = getattr(env, "step_seconds", None)
     pipe.send((True, None if seconds is None else float(seconds)))
     while True:
