@@ -20,6 +20,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from pbrl.files import printable
+
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it prints what we raise
 
 GROUPS = ("env", "agent", "reward", "query", "teacher", "updater", "logger")
@@ -52,12 +54,16 @@ ROLES = {
     "query": ("candidates", "count", "reward", "asked", "rng"),
     "updater": ("reward", "preferences", "session"),
 }
+LONGEST_MESSAGE = 4000  # characters of an error
 LONGEST_LIST = 600  # characters of a list of names in an error
 MAY_CHANGE = ("total_steps", "checkpoint_every", "threads", "device", "eval.episodes")  # when a run is resumed
 
 
 class ConfigError(ValueError):
-    """The config asks for something that does not exist or cannot work; the message is one line."""
+    """The config asks for something that does not exist or cannot work; the message is one line, also of odd values."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message, length=LONGEST_MESSAGE))
 
 
 def suite(target: str) -> str:
