@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from pbrl.types import Answer, Query
 
 torch.set_num_threads(1)
 register_resolvers()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background: processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # that tests start would ignore Ctrl-C too
 
 option = make  # what a shipped option describes: so that what is tested is what is run
 

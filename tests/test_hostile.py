@@ -199,7 +199,7 @@ def outcome(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> s
     return line
 
 
-LABELLED = {"env", "choices"}  # the part of a config from which `pbrl.label` makes something
+LABELLED = {"env"}  # the part of a config from which `pbrl.label` makes something
 
 
 class Draws:

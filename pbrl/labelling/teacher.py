@@ -261,12 +261,12 @@ def _answer(taken: list[Taken]) -> Answer:
 def _sessions(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's log that end a session."""
     rows: list[dict[str, Any]] = []
-    if path.exists():
+    if path.is_file():  # a pipe would wait for ever
         for line in path.read_text().splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # torn by a crash
                 break
-            if "feedback/session" in row:
+            if isinstance(row, dict) and "feedback/session" in row:
                 rows.append(row)
     return rows
