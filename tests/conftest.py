@@ -27,7 +27,7 @@ from pbrl.interfaces import as_teacher
 from pbrl.launch.build import build
 from pbrl.launch.configuration import register_resolvers
 from pbrl.launch.shipped import make
-from pbrl.loop import Loop
+from pbrl.loop import Loop, Stopped
 from pbrl.types import Answer, Query
 
 torch.set_num_threads(1)
@@ -81,6 +81,21 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the columns that measure time."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def stopped_and_resumed(folder: Path, at: int, *overrides: str) -> Loop:
+    """A tiny run in `folder`/halves, stopped at step `at` and loaded again; uninterrupted in `folder`/whole.
+
+    What is returned is to be finished; then `rows` of both are equal.
+    """
+    finish(tiny_loop(folder / "whole", *overrides))
+    loop = tiny_loop(folder / "halves", *overrides)
+    loop.stop = lambda: loop.step >= at
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    cfg, choices = config(*TINY, f"resume={folder / 'halves'}")
+    return build(cfg, choices, [])
 
 
 @pytest.fixture(scope="session")

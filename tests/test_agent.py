@@ -14,11 +14,9 @@ from torch import nn
 
 from pbrl.agent.replay import RelabelReplay
 from pbrl.agent.sac import PreferenceSAC
-from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
-from pbrl.loop import Stopped
 from pbrl.records.evaluation import act
-from tests.conftest import TINY, config, finish, point_mass_agent, rows, tiny_loop
+from tests.conftest import finish, point_mass_agent, rows, stopped_and_resumed, tiny_loop
 
 ALL = (
     "agent.normalise=true",
@@ -41,15 +39,8 @@ def agent(**options: Any) -> PreferenceSAC:
 
 
 def test_a_run_with_every_option_resumes_bit_for_bit(tmp_path: Path) -> None:
-    finish(tiny_loop(tmp_path / "whole", *ALL, "total_steps=420"))
-    loop = tiny_loop(tmp_path / "halves", *ALL, "total_steps=420")
-    loop.stop = lambda: loop.step >= 330
-    with pytest.raises(Stopped):
-        loop.run()
-    assert isinstance(loop.agent, SAC)
-    loop.close(False)
-    cfg, choices = config(*TINY, f"resume={tmp_path / 'halves'}")
-    again = build(cfg, choices, [])
+    again = stopped_and_resumed(tmp_path, 330, *ALL, "total_steps=420")
+    assert isinstance(again.agent, SAC)
     finish(again)
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     resets = [row["train/critic_reset"] for row in rows(tmp_path / "whole") if "train/critic_reset" in row]

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from envs.pointmass import PointMass
-from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
-from pbrl.loop import Stopped
-from tests.conftest import TINY, config, finish, rows, tiny_loop
+from tests.conftest import finish, rows, stopped_and_resumed, tiny_loop
 
 
 class Stateless(PointMass):
@@ -53,14 +51,7 @@ RESUMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
-    finish(tiny_loop(tmp_path / "whole", *RESUMED[name]))
-    loop = tiny_loop(tmp_path / "halves", *RESUMED[name])
-    loop.stop = lambda: loop.step >= 330
-    with pytest.raises(Stopped):
-        loop.run()
-    loop.close(False)
-    cfg, choices = config(*TINY, f"resume={tmp_path / 'halves'}")
-    finish(build(cfg, choices, []))
+    finish(stopped_and_resumed(tmp_path, 330, *RESUMED[name]))
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
 
 

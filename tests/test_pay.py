@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
 from pbrl.launch.stored import read_config
-from pbrl.loop import Stopped
 from pbrl.pay import Pay
 from pbrl.records.diary import _told
 from pbrl.records.evaluation import over_optimisation
@@ -22,7 +21,7 @@ from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.standardise import CLIP, Standardise
-from tests.conftest import TINY, config, finish, rows, tiny_loop
+from tests.conftest import finish, rows, stopped_and_resumed, tiny_loop
 
 TWO = np.array([[1.0, 0.0], [3.0, 0.0]], np.float32)  # means 2, 0; deviations 1, 0
 
@@ -174,14 +173,7 @@ def test_reed_predicts_the_embedding_of_the_standardised_next_state() -> None:
 @pytest.mark.parametrize("options", [(), ("reward=reed", "reward.embedding=16", "reward.max_updates=5")])
 def test_a_standardised_pessimistic_run_resumes_bit_for_bit(tmp_path: Path, options: tuple[str, ...]) -> None:
     short = ("reward.normalise=true", "reward.pessimism=1", "reward.lowest_of=2", "total_steps=420", *options)
-    finish(tiny_loop(tmp_path / "whole", *short))
-    loop = tiny_loop(tmp_path / "halves", *short)
-    loop.stop = lambda: loop.step >= 330
-    with pytest.raises(Stopped):
-        loop.run()
-    loop.close(False)
-    cfg, choices = config(*TINY, f"resume={tmp_path / 'halves'}")
-    again = build(cfg, choices, [])
+    again = stopped_and_resumed(tmp_path, 330, *short)
     assert again.parts.reward.obs_scale.known
     finish(again)
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")

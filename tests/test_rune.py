@@ -13,7 +13,7 @@ from pbrl.agent.replay import Batch
 from pbrl.launch.build import build
 from pbrl.loop import Loop, Stopped
 from pbrl.records.checkpoint import load_latest
-from tests.conftest import TINY, config, finish, rows, tiny_loop
+from tests.conftest import TINY, config, finish, rows, stopped_and_resumed, tiny_loop
 
 RUNE = ("reward.disagreement_bonus=0.5", "reward.disagreement_decay=0.01")
 
@@ -67,14 +67,7 @@ def test_returns_over_several_steps_are_paid_so_too(tmp_path: Path) -> None:
 
 
 def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
-    finish(tiny_loop(tmp_path / "whole", *RUNE, "total_steps=420"))
-    loop = tiny_loop(tmp_path / "halves", *RUNE, "total_steps=420")
-    loop.stop = lambda: loop.step >= 250
-    with pytest.raises(Stopped):
-        loop.run()
-    loop.close(False)
-    cfg, choices = config(*TINY, f"resume={tmp_path / 'halves'}")
-    finish(build(cfg, choices, []))
+    finish(stopped_and_resumed(tmp_path, 250, *RUNE, "total_steps=420"))
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     states = [load_latest(tmp_path / name).state["agent"]["policy"] for name in ("whole", "halves")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
