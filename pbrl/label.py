@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pbrl.files import printable
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
@@ -45,7 +44,7 @@ def environment(source: Path, name: str | None, stored: Preferences, trust: Sequ
         return dict(OmegaConf.to_container(cfg.env, resolve=True))  # type: ignore[arg-type]
     name = name or str(stored.about.get("env"))
     if name not in options("env"):
-        raise ConfigError(f"--env={printable(name)}; expected one of {', '.join(options('env'))}")
+        raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
     return dict(OmegaConf.to_container(OmegaConf.load(CONF / "env" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 

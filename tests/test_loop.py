@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import initialize_config_module
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.asking import TeacherError
 from pbrl.interfaces import as_teacher
+from pbrl.launch.shipped import described
 from pbrl.preferences import Preferences
 from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import Feedback
@@ -183,6 +185,20 @@ def test_normalised_returns_are_absent_without_an_oracle_and_right_with_one(tiny
     last = [row for row in rows(tmp_path / "run") if "eval/return" in row][-1]
     assert last["eval/oracle_return"] == pytest.approx(10 + 40 * 0.6)
     assert last["eval/normalized_return"] == pytest.approx(last["eval/return"] / 50)
+
+
+@pytest.mark.parametrize(
+    ("option", "there"), [("env.camera=1", True), ("env.action_repeat=2", False), ("env.horizon=100", False)]
+)
+def test_the_shipped_oracle_is_that_of_the_shipped_environment(tmp_path: Path, option: str, there: bool) -> None:
+    loop = tiny_loop(tmp_path / "run", "env=walker-walk", option)
+    assert (loop.oracle is not None) == there
+    loop.close(False)
+
+
+def test_a_shipped_option_is_described_also_within_the_command_line() -> None:
+    with initialize_config_module("pbrl.conf", version_base="1.3"):
+        assert described.__wrapped__("env", "walker-walk", "walker-walk")["horizon"] == 1000
 
 
 def test_the_oracle_may_be_a_run(tiny_run: Path) -> None:

@@ -28,6 +28,7 @@ from pbrl.files import printable, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
+from pbrl.launch.shipped import described
 from pbrl.launch.stored import changes, read_config, refuse_links
 from pbrl.loop import Loop
 from pbrl.parts import Parts
@@ -322,15 +323,21 @@ class _Builder:
 
     def _oracle(self) -> OracleCurve | None:
         given = self.cfg.oracle
-        path = Path(given) if given else ORACLES / f"{self.choices.get('env')}.csv"
+        task = str(self.choices.get("env"))
+        path = Path(given) if given else ORACLES / f"{task}.csv"
+        if given is None and (not path.exists() or self._changed(task)):
+            return None
         if not path.exists():
-            if given is None:
-                return None
             raise ConfigError(
                 f"oracle={given}: there is no such file; expected a CSV with env_step,return, the folder of a run with "
                 "updater=oracle, or null"
             )
         return _refuse(lambda: OracleCurve(path), "oracle")
+
+    def _changed(self, task: str) -> bool:
+        """Whether this run's environment is another than the shipped one, whose oracle then says nothing about it."""
+        env, shipped = self.cfg.env, described("env", task, task)
+        return any(key in env and env[key] != shipped[key] for key in shipped if key != "camera")  # old runs have fewer
 
     def _callback(self) -> Any:
         from stable_baselines3.common.callbacks import BaseCallback, CallbackList

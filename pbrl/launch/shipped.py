@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -23,7 +25,7 @@ def make(group: str, option: str, task: str = "pointmass", **changes: Any) -> An
         what the object's constructor raises.
     """
     try:
-        return instantiate(OmegaConf.create(_composed(group, option, task)), _convert_="all", **changes)
+        return instantiate(OmegaConf.create(described(group, option, task)), _convert_="all", **changes)
     except InstantiationException as error:
         if error.__cause__ is None:
             raise
@@ -31,8 +33,10 @@ def make(group: str, option: str, task: str = "pointmass", **changes: Any) -> An
 
 
 @functools.cache
-def _composed(group: str, option: str, task: str) -> Any:
+def described(group: str, option: str, task: str) -> Any:
+    """The node of a shipped option in a run on this task: plain tables, lists and values."""
     register_resolvers()
-    with initialize_config_module("pbrl.conf", version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()  # within `python -m pbrl.train`
+    with contextlib.nullcontext() if begun else initialize_config_module("pbrl.conf", version_base="1.3"):
         cfg = compose("train", overrides=[f"env={task}", f"{group}={option}"])
     return OmegaConf.to_container(cfg[group], resolve=True)
