@@ -87,13 +87,13 @@ def stored_rollouts(run: Path, obs_dim: int, act_dim: int, state_size: int) -> R
     return rollouts
 
 
-def correlations(reward: RewardEnsemble, rollouts: Rollouts, since: int, horizon: int) -> tuple[float, float]:
+def correlations(reward: RewardEnsemble, rollouts: Rollouts, since: int, length: int) -> tuple[float, float]:
     """Spearman's coefficient of segments' returns and of single steps, on the steps from `since` on.
 
     Of what the agent would be paid.
     """
-    starts = np.arange(since, min(since + AFTER, rollouts.total) - horizon, 25)
-    segments, rows = rollouts.segments(starts, horizon), starts[:, None] + np.arange(horizon)
+    starts = np.arange(since, min(since + AFTER, rollouts.total) - length, 25)
+    segments, rows = rollouts.segments(starts, length), starts[:, None] + np.arange(length)
     members = reward.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
     learned, true = reward.pay(members, since).reshape(rows.shape), rollouts.task_rewards[rows]
     by_segment = spearmanr(learned.sum(1), true.sum(1)).statistic
@@ -124,8 +124,8 @@ def measure(run: Path, ways: list[str], sessions: list[int], seeds: tuple[int, .
     """One row per way and number of sessions: the means over the seeds."""
     config = OmegaConf.load(run / "config.yaml")
     preferences = Preferences.load(run / "preferences.npz")
-    horizon, obs_dim, act_dim = (
-        preferences.horizon,
+    length, obs_dim, act_dim = (
+        preferences.length,
         preferences.first.obs.shape[-1],
         preferences.first.actions.shape[-1],
     )
@@ -147,7 +147,7 @@ def measure(run: Path, ways: list[str], sessions: list[int], seeds: tuple[int, .
             # one pass at the most, so that the number of steps is what the way says
             fit = make("updater", "pebble", fit={"epochs": 1, "stop_accuracy": 2.0} | way.fit).fit
             fit(reward, preferences, rng, answered)
-            found.append(correlations(reward, rollouts, step, horizon))
+            found.append(correlations(reward, rollouts, step, length))
         by_segment, by_step = np.mean(found, axis=0)
         rows.append({"run": run.name, "env": config.choices.env, "way": name, "answers": len(answered)})
         rows[-1] |= {"by_segment": round(by_segment, 3), "by_step": round(by_step, 3)}

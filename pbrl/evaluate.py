@@ -78,15 +78,15 @@ def record(agent: PreferenceSAC, env: Any, seed: int, path: Path, size: int = 25
         return play(env, partial(act, agent), seed, lambda: video.append_data(env.render(size, size))).task_return
 
 
-def agreement(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, seed: int, horizon: int) -> float:
+def agreement(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, seed: int, length: int) -> float:
     """Rank correlation of learned and true return over the segments of one episode of the mean policy."""
     played = play(env, partial(act, agent), seed)
-    count = len(played) // horizon // 2 * 2
+    count = len(played) // length // 2 * 2
     if count < 4:
         return float("nan")
     columns = (np.array(column, np.float32) for column in (played.obs, played.actions, played.rewards))
-    parts = [torch.from_numpy(column[: count * horizon]) for column in columns]
-    observations, actions, rewards = (part.reshape(count, horizon, *part.shape[1:]) for part in parts)
+    parts = [torch.from_numpy(column[: count * length]) for column in columns]
+    observations, actions, rewards = (part.reshape(count, length, *part.shape[1:]) for part in parts)
     segments, half = Segments(observations, actions), count // 2
     paired = torch.stack([rewards[:half], rewards[half:]], dim=1)
     return rank_correlation(reward, Query(segments[:half], segments[half:], paired))

@@ -243,7 +243,7 @@ class Fitting:
             rng: shuffles and crops.
             extra_gradient: see `train_epochs`.
         """
-        labels, steps = preferences.prefers_first, preferences.horizon
+        labels, steps = preferences.prefers_first, preferences.length
         first, second = preferences.first, preferences.second
         if self.margin(steps):
             first, second = preferences.wide_first, preferences.wide_second
@@ -252,7 +252,7 @@ class Fitting:
 
         def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             chosen = index if rows is None else rows[index]
-            kept = self.random_pieces(len(index) * self.pieces, steps, first.horizon, rng)
+            kept = self.random_pieces(len(index) * self.pieces, steps, first.length, rng)
             answers = labels[torch.from_numpy(chosen)]
             if self.label_smoothing:
                 answers = torch.lerp(answers, torch.full_like(answers, 0.5), self.label_smoothing)

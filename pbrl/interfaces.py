@@ -47,7 +47,7 @@ class Updater(ABC):
         """Between sessions, while questions are left (MRN's meta-step); the replay is then paid anew."""
         return {}
 
-    def own_steps(self, pairs: int, horizon: int) -> int:
+    def own_steps(self, pairs: int, length: int) -> int:
         """Environment steps that `update` takes at most after a session of so many pairs; a run plans for them."""
         return 0
 

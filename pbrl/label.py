@@ -58,7 +58,7 @@ def questions(stored: Preferences) -> Query:
         raise ValueError("there are no pairs in it")
     if stored.states is None:
         raise ValueError("its pairs have no simulator states, so nothing can be drawn")
-    unknown = torch.full((len(stored), 2, stored.horizon), float("nan"))
+    unknown = torch.full((len(stored), 2, stored.length), float("nan"))
     return Query(stored.first, stored.second, unknown, states=stored.states)
 
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         teacher = HumanTeacher(
             env, given.task, reviews=given.reviews, repeats=given.repeats, host=given.host, port=given.port
         )
-        teacher.open(out.parent, stored.horizon, out.name + ".sqlite3")
+        teacher.open(out.parent, stored.length, out.name + ".sqlite3")
     except (OSError, ValueError) as error:
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

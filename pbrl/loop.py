@@ -8,9 +8,8 @@ run could be stopped: between two steps, and while the teacher thinks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,17 +19,16 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.agent.exploration import StateEntropy
 from pbrl.agent.sac import PreferenceSAC
-from pbrl.asking import TeacherError, ask, check_answer
-from pbrl.interfaces import name_of
+from pbrl.asking import TeacherError
+from pbrl.dialogue import BrokenOff, Dialogue
 from pbrl.parts import Parts
 from pbrl.questions import Questions
 from pbrl.records import run_state
 from pbrl.records.checkpoint import StepLog, begun, load_latest, non_finite
 from pbrl.records.diary import Diary
-from pbrl.records.evaluation import OracleCurve, reward_health
+from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import NEVER, Due, Evaluation, Feedback, Pretraining
 from pbrl.session import AgentSession
-from pbrl.types import Answer, Query
 
 CHUNK = 100  # environment steps between two looks at the progress bar
 
@@ -58,9 +56,7 @@ class Loop:
     stop: Callable[[], bool] = lambda: False
     on_asking: Callable[[bool], None] = lambda asking: None
 
-    pending: Query | None = field(default=None, init=False)  # selected, not yet answered
     sessions: int = field(default=0, init=False)  # finished or begun
-    outstanding: Query | None = field(default=None, init=False)  # asked of a teacher for whom training does not wait
     pretrained: bool = field(default=False, init=False)
     ended: bool = field(default=False, init=False)  # by a callback, before total_steps
 
@@ -73,6 +69,7 @@ class Loop:
         self.session = AgentSession(agent, updater_rng)
         self.questions = Questions(parts, self.session, self.feedback, total, length, query_rng)
         self.diary = Diary(parts, self.run_dir, total, length, self.feedback, self.evaluation, self.oracle, health_rng)
+        self.dialogue = Dialogue(parts, self.questions, self.diary, lambda: self.stop(), self.on_asking)
         self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest, self.pretraining.bounded)
         self.asks = parts.asks
         self.session.watch = self.diary.advance
@@ -109,7 +106,7 @@ class Loop:
         with self.diary.progress():
             while True:
                 self._choose_pay()
-                resumed = self.pending is not None  # in the middle of a session: that one first
+                resumed = self.dialogue.pending is not None  # in the middle of a session: that one first
                 if self.step >= self.due.eval and not resumed:
                     self._evaluate()
                 if (self.step >= self.total_steps or self.ended) and not resumed:
@@ -162,11 +159,9 @@ class Loop:
 
     def _feedback_session(self) -> None:
         """Select pairs, ask, learn from the answers, pay the replay anew."""
-        if self.pending is None:
+        if self.dialogue.pending is None:
             self.session.begin()
-        metrics: dict[str, float] = {}
-        if self.questions.left:  # imported answers may have used the budget up
-            metrics |= self._ask_and_wait() if self.parts.teacher.wait else self._exchange()
+        metrics = self._ask()
         self.sessions += 1
         metrics |= self._learn()
         if self.parts.teacher.wait or len(self.parts.preferences):  # else nobody has answered yet: pretraining goes on
@@ -177,58 +172,15 @@ class Loop:
         self.due.between = min(self._next_between(), self.due.between if overdue and self.questions.left else NEVER)
         self.diary.session(metrics, self.sessions)
 
-    def _ask_and_wait(self) -> dict[str, float]:
-        """This session's questions and their answers."""
-        if self.pending is None:
-            self.pending = self.questions.select(first=self.sessions == 0)
-        metrics = self._take_in(self.pending, self._ask(self.pending))
-        self.pending = None
-        return metrics
-
-    def _exchange(self) -> dict[str, float]:
-        """Take in what was answered since the last session, and ask anew: training does not wait for the answers."""
-        teacher, open_pairs = self.parts.teacher, self.outstanding
-        metrics: dict[str, float] = {}
-        if open_pairs is not None:
-            done, answer = teacher.collect(open_pairs, self.sessions, self.step)
-            if done.any():
-                answered = replace(open_pairs[done.nonzero()[:, 0]], fresh=None)  # the policy has moved on since
-                check_answer(answer, answered, name_of(teacher))
-                metrics |= self._take_in(answered, answer)
-                rest = (~done).nonzero()[:, 0]
-                open_pairs = open_pairs[rest] if len(rest) else None
-        left = 0 if open_pairs is None else len(open_pairs)
-        if self.questions.count(self.step) > left:
-            new = self.questions.select(not len(self.parts.preferences), left)
-            open_pairs = new if open_pairs is None else Query.cat([open_pairs, new])
-        self.outstanding = open_pairs
-        if open_pairs is not None:
-            teacher.post(open_pairs)
-        return {**metrics, "feedback/outstanding": 0.0 if open_pairs is None else float(len(open_pairs))}
-
-    def _ask(self, query: Query) -> Answer:
-        """The answer, unless asking fails or is interrupted: then the questions are saved and will be asked again."""
-        teacher = self.parts.teacher
-        if self.stop():
-            self._save_and_stop()
-        # a copy: the state may be the teacher's own lists, which grow while it answers
-        before = copy.deepcopy(teacher.state_dict())
+    def _ask(self) -> dict[str, float]:
+        """This session's questions and their answers; what is open when asking fails or is interrupted is saved."""
         try:
-            return ask(teacher, query, self.parts.journal, self.on_asking)
-        except (TeacherError, KeyboardInterrupt) as error:
-            if before is not None:
-                teacher.load_state_dict(before)  # it may have drawn random numbers before it failed
-            if isinstance(error, KeyboardInterrupt):
-                self._save_and_stop()
+            return self.dialogue.session(self.sessions, self.step)
+        except BrokenOff:
+            self._save_and_stop()
+        except TeacherError:
             self.save()
             raise
-
-    def _take_in(self, query: Query, answer: Answer) -> dict[str, float]:
-        """Keep the answered pairs; returns how well the reward predicted them."""
-        metrics = reward_health(self.parts.reward, query, answer)
-        self.diary.pairs(query, answer, self.sessions + 1)
-        self.parts.preferences.add(query, answer, self.sessions)
-        return metrics
 
     def _learn(self) -> dict[str, float]:
         """Let the reward learn from all answers, and pay the replay anew."""

@@ -72,7 +72,7 @@ class Preferences:
     def __init__(self, about: Mapping[str, Any] | None = None) -> None:
         self.about: dict[str, Any] = dict(about or {})
         self.asked = 0  # pairs put to the teacher, skipped ones included
-        self.horizon = 0  # environment steps per segment; 0 until the first pair is added
+        self.length = 0  # environment steps per segment; 0 until the first pair is added
         self._new = torch.zeros(0, dtype=torch.bool)
         self._columns: Columns = {}  # each with room for more rows than are in use
         self._size = 0
@@ -86,17 +86,17 @@ class Preferences:
     @property
     def margin(self) -> int:
         """Extra steps kept before and after each segment, the same for all."""
-        return (self._column("obs").shape[2] - self.horizon) // 2
+        return (self._column("obs").shape[2] - self.length) // 2
 
     @property
     def first(self) -> Segments:
         """The first segment of each pair, [N, H, ...]."""
-        return self.wide_first.steps(self.margin, self.margin + self.horizon)
+        return self.wide_first.steps(self.margin, self.margin + self.length)
 
     @property
     def second(self) -> Segments:
         """The second segment of each pair, [N, H, ...]."""
-        return self.wide_second.steps(self.margin, self.margin + self.horizon)
+        return self.wide_second.steps(self.margin, self.margin + self.length)
 
     @property
     def wide_first(self) -> Segments:
@@ -150,7 +150,7 @@ class Preferences:
         `new`: those that are new stay so; False: none is.
         """
         chosen = Preferences(self.about)
-        chosen.asked, chosen.horizon, chosen._size = self.asked, self.horizon, len(index)
+        chosen.asked, chosen.length, chosen._size = self.asked, self.length, len(index)
         chosen._columns = {name: self._column(name)[index] for name in self._columns}
         chosen._columns["prefers_first"] = prefers_first
         chosen._new = self.new[index] & new
@@ -182,7 +182,7 @@ class Preferences:
         rows["prefers_first"] = answer.prefers_first
         rows["session"] = torch.full((len(query),), session)
         given, before = answer.given.cpu(), len(self)
-        self._append({name: value.detach().cpu()[given] for name, value in rows.items()}, query.first.horizon)
+        self._append({name: value.detach().cpu()[given] for name, value in rows.items()}, query.first.length)
         self._new = torch.arange(len(self)) >= before
         self.asked += len(query)
 
@@ -198,25 +198,25 @@ class Preferences:
         if other._columns:
             rows = {name: other._column(name) for name in other._columns}
             elsewhere = {"steps": torch.full_like(rows["steps"], -1), "fresh": torch.zeros_like(rows["fresh"])}
-            self._append({**rows, **elsewhere}, other.horizon)
+            self._append({**rows, **elsewhere}, other.length)
         self.asked += other.asked
 
-    def _append(self, rows: Columns, horizon: int) -> None:
-        _check(rows, horizon)
+    def _append(self, rows: Columns, length: int) -> None:
+        _check(rows, length)
         if not self._columns:
-            self.horizon, self._columns = horizon, {name: value[:0] for name, value in rows.items()}
-        if horizon != self.horizon:
-            raise ValueError(f"segments of {horizon} steps cannot join preferences about {self.horizon} steps")
+            self.length, self._columns = length, {name: value[:0] for name, value in rows.items()}
+        if length != self.length:
+            raise ValueError(f"segments of {length} steps cannot join preferences about {self.length} steps")
         for name in self._columns.keys() & rows.keys():
             held, new = self._columns[name].shape[-1], rows[name].shape[-1]
             if rows[name].ndim > 1 and held != new:
                 raise ValueError(f"{name} of size {new} cannot join preferences with {name} of size {held}")
-        margin = min(self.margin, (rows["obs"].shape[2] - horizon) // 2)
+        margin = min(self.margin, (rows["obs"].shape[2] - length) // 2)
         common = self._columns.keys() & rows.keys()
-        self._columns = {k: v for k, v in _narrow(self._columns, horizon, margin).items() if k in common}
+        self._columns = {k: v for k, v in _narrow(self._columns, length, margin).items() if k in common}
         self._reserve(len(rows["obs"]))
         end = self._size + len(rows["obs"])
-        for name, value in _narrow(rows, horizon, margin).items():
+        for name, value in _narrow(rows, length, margin).items():
             if name in common:
                 self._columns[name][self._size : end] = value
         self._size = end
@@ -240,7 +240,7 @@ class Preferences:
             "version": FORMAT_VERSION,
             "pairs": self._size,
             "asked": self.asked,
-            "horizon": self.horizon,
+            "horizon": self.length,
             "versions": {
                 "pbrl": __version__,
                 "torch": torch.__version__,
@@ -303,10 +303,10 @@ class Preferences:
 def _pairs(query: Query) -> Columns:
     """The query's columns, with the margins of its context if it has one."""
     sides = query.context or (query.first, query.second)
-    horizon = query.first.horizon
-    margin, odd = divmod(sides[0].horizon - horizon, 2)
+    length = query.first.length
+    margin, odd = divmod(sides[0].length - length, 2)
     for name, wide, narrow in zip(("first", "second"), sides, (query.first, query.second), strict=True):
-        centre = wide.steps(margin, margin + horizon)
+        centre = wide.steps(margin, margin + length)
         if odd or margin < 0 or not torch.equal(centre.obs, narrow.obs):
             raise ValueError(
                 f"Query.context must hold the {name} segments in its centre, with as many steps before as after"
@@ -326,7 +326,7 @@ def _pairs(query: Query) -> Columns:
     return rows
 
 
-def _check(rows: Columns, horizon: int) -> None:
+def _check(rows: Columns, length: int) -> None:
     """Refuse what must not enter the store, by name. Whatever is stored can therefore be saved and loaded."""
     expect("obs", rows["obs"], torch.float32, (None, 2, None, None))
     size, _, width, _ = rows["obs"].shape
@@ -337,8 +337,8 @@ def _check(rows: Columns, horizon: int) -> None:
             raise ValueError(f"{name} has {value.shape[2]} steps and obs {width}")
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} of pair {_first_pair(~torch.isfinite(value))} is not finite")
-    if horizon < 1 or width < horizon or (width - horizon) % 2:
-        raise ValueError(f"segments of {horizon} steps cannot be the centre of {width} stored steps")
+    if length < 1 or width < length or (width - length) % 2:
+        raise ValueError(f"segments of {length} steps cannot be the centre of {width} stored steps")
     if "raw_actions" in rows and rows["raw_actions"].shape != rows["actions"].shape:
         raise ValueError(f"raw_actions {list(rows['raw_actions'].shape)}, actions {list(rows['actions'].shape)}")
     labels = rows["prefers_first"]
@@ -353,9 +353,9 @@ def _first_pair(bad: Tensor) -> int:
     return int(bad.flatten(1).any(1).int().argmax()) if bad.ndim > 1 else int(bad.int().argmax())
 
 
-def _narrow(rows: Columns, horizon: int, margin: int) -> Columns:
+def _narrow(rows: Columns, length: int, margin: int) -> Columns:
     """The same columns with margins of `margin` steps."""
-    cut = (rows["obs"].shape[2] - horizon) // 2 - margin
+    cut = (rows["obs"].shape[2] - length) // 2 - margin
     return {
         name: value[:, :, cut : value.shape[2] - cut] if name in TIMED and cut else value
         for name, value in rows.items()
@@ -409,7 +409,7 @@ def describe(preferences: Preferences) -> str:
     if len(preferences):
         obs_dim, act_dim = preferences.first.obs.shape[2], preferences.first.actions.shape[2]
         lines += [
-            f"segments of {preferences.horizon} steps, {preferences.margin} more kept before and after each",
+            f"segments of {preferences.length} steps, {preferences.margin} more kept before and after each",
             f"{obs_dim} observations and {act_dim} actions a step",
             f"sessions {int(preferences.session.min())} to {int(preferences.session.max())}",
             "simulator states: " + ("no" if preferences.states is None else "yes, the segments can be rendered again"),

@@ -174,9 +174,9 @@ class RewardEnsemble(nn.Module):
     @torch.no_grad()
     def returns(self, segments: Segments) -> Tensor:
         """Undiscounted learned return of each segment by each member: float32 [M, B]."""
-        size, horizon, _ = segments.obs.shape
+        size, length, _ = segments.obs.shape
         rewards = self.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
-        return torch.from_numpy(rewards).unflatten(1, (size, horizon)).sum(dim=2)
+        return torch.from_numpy(rewards).unflatten(1, (size, length)).sum(dim=2)
 
     def preference_logits(self, first: Segments, second: Segments) -> Tensor:
         """Each member's log-odds that first is preferred, float32 [M, B], without gradients."""

@@ -81,13 +81,13 @@ class Rollouts:
         steps = sum(length for _, length in self.finished)
         return sum(total for total, _ in self.finished) / steps if steps else float("nan")
 
-    def starts(self, horizon: int, since: int = 0) -> np.ndarray:
-        """Every step index (counted from the first step ever) at which `horizon` steps of one episode begin: int64 [K].
+    def starts(self, length: int, since: int = 0) -> np.ndarray:
+        """Every step index (counted from the first step ever) at which `length` steps of one episode begin: int64 [K].
 
-        The last legal start of an episode of T steps is T − horizon: the last step can be shown.
+        The last legal start of an episode of T steps is T − length: the last step can be shown.
         """
-        first = np.arange(max(since, self.total - self.capacity, 0), self.total - horizon + 1)
-        return first[self.episode[first % self.capacity] == self.episode[(first + horizon - 1) % self.capacity]]
+        first = np.arange(max(since, self.total - self.capacity, 0), self.total - length + 1)
+        return first[self.episode[first % self.capacity] == self.episode[(first + length - 1) % self.capacity]]
 
     def since_episodes(self, count: int) -> int:
         """Index of the first kept step of the last `count` episodes (the running one included)."""
@@ -105,9 +105,9 @@ class Rollouts:
         index = kept[:: -(-len(kept) // most) or 1] % self.capacity
         return self.obs[index], self.actions[index], self.task_rewards[index]
 
-    def segments(self, starts: np.ndarray, horizon: int) -> Segments:
-        """The segments of `horizon` steps that begin at these step indices: copies, [len(starts), horizon, ·]."""
-        index = (starts[:, None] + np.arange(horizon)) % self.capacity
+    def segments(self, starts: np.ndarray, length: int) -> Segments:
+        """The segments of `length` steps that begin at these step indices: copies, [len(starts), length, ·]."""
+        index = (starts[:, None] + np.arange(length)) % self.capacity
         return Segments(
             torch.from_numpy(self.obs[index]),
             torch.from_numpy(self.actions[index]),
@@ -115,34 +115,34 @@ class Rollouts:
             torch.from_numpy(np.array(starts, np.int64)),
         )
 
-    def _draw(self, count: int, horizon: int, rng: np.random.Generator, since: int) -> tuple[np.ndarray, np.ndarray]:
-        legal = self.starts(horizon, since)
+    def _draw(self, count: int, length: int, rng: np.random.Generator, since: int) -> tuple[np.ndarray, np.ndarray]:
+        legal = self.starts(length, since)
         if len(legal) == 0:
             raise ValueError(
-                f"no stored episode has {horizon} steps since step {since} ({self.total} steps stored so far); "
+                f"no stored episode has {length} steps since step {since} ({self.total} steps stored so far); "
                 "shorten segment_length, or ask later (feedback.start)"
             )
         return legal[rng.integers(len(legal), size=count)], legal[rng.integers(len(legal), size=count)]
 
     def unlabelled(
-        self, count: int, horizon: int, rng: np.random.Generator, since: int = 0
+        self, count: int, length: int, rng: np.random.Generator, since: int = 0
     ) -> tuple[Segments, Segments]:
         """`count` uniformly drawn pairs, with replacement, without any reward."""
-        first, second = self._draw(count, horizon, rng, since)
-        return self.segments(first, horizon), self.segments(second, horizon)
+        first, second = self._draw(count, length, rng, since)
+        return self.segments(first, length), self.segments(second, length)
 
-    def query(self, count: int, horizon: int, rng: np.random.Generator, since: int = 0, margin: int = 0) -> Query:
+    def query(self, count: int, length: int, rng: np.random.Generator, since: int = 0, margin: int = 0) -> Query:
         """`count` uniformly drawn pairs as a `Query`, `margin` extra steps kept on both sides as its context."""
-        first, second = self._draw(count, horizon + 2 * margin, rng, since)
-        return self.query_at(first, second, horizon, margin)
+        first, second = self._draw(count, length + 2 * margin, rng, since)
+        return self.query_at(first, second, length, margin)
 
-    def query_at(self, first: np.ndarray, second: np.ndarray, horizon: int, margin: int = 0) -> Query:
+    def query_at(self, first: np.ndarray, second: np.ndarray, length: int, margin: int = 0) -> Query:
         """The pairs whose (wide) segments begin at these step indices, as a `Query`."""
-        wide = self.segments(first, horizon + 2 * margin), self.segments(second, horizon + 2 * margin)
-        index = (np.stack([first, second], 1)[..., None] + margin + np.arange(horizon)) % self.capacity
+        wide = self.segments(first, length + 2 * margin), self.segments(second, length + 2 * margin)
+        index = (np.stack([first, second], 1)[..., None] + margin + np.arange(length)) % self.capacity
         return Query(
-            first=wide[0].steps(margin, margin + horizon),
-            second=wide[1].steps(margin, margin + horizon),
+            first=wide[0].steps(margin, margin + length),
+            second=wide[1].steps(margin, margin + length),
             task_rewards=torch.from_numpy(self.task_rewards[index]),
             mean_task_reward=self.mean_task_reward,
             states=torch.from_numpy(self.states[index[..., 0]]),

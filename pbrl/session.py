@@ -57,8 +57,8 @@ class AgentSession:
     def fresh(self) -> list[Segments]:
         return self.rollouts.episodes_between(self.fresh_from, self.fresh_to)
 
-    def unlabelled(self, count: int, horizon: int) -> tuple[Segments, Segments]:
-        return self.rollouts.unlabelled(count, horizon, self.rng)
+    def unlabelled(self, count: int, length: int) -> tuple[Segments, Segments]:
+        return self.rollouts.unlabelled(count, length, self.rng)
 
     def rollout(self, theta: Params, steps: int) -> list[Segments]:
         start = self.rollouts.total
@@ -68,38 +68,38 @@ class AgentSession:
         self.rollouts.interrupt()
         return self.rollouts.episodes_between(start, self.rollouts.total)
 
-    def branches(self, starts: int, branches: int, horizon: int) -> Segments:
-        first = self._branch_starts(starts, branches, horizon, self.rng)
-        return self.rollouts.segments(first.reshape(-1), horizon)
+    def branches(self, starts: int, branches: int, length: int) -> Segments:
+        first = self._branch_starts(starts, branches, length, self.rng)
+        return self.rollouts.segments(first.reshape(-1), length)
 
-    def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
-        first = [[self._branch(state, horizon) for _ in range(branches)] for state in states.numpy()]
-        return self.rollouts.segments(np.array(first).reshape(-1), horizon)
+    def branches_from(self, states: Tensor, branches: int, length: int) -> Segments:
+        first = [[self._branch(state, length) for _ in range(branches)] for state in states.numpy()]
+        return self.rollouts.segments(np.array(first).reshape(-1), length)
 
-    def branch_query(self, count: int, horizon: int, rng: np.random.Generator, margin: int = 0) -> Query:
+    def branch_query(self, count: int, length: int, rng: np.random.Generator, margin: int = 0) -> Query:
         """`count` pairs of two continuations by the present policy from one stored state each, as a `Query`."""
-        first = self._branch_starts(count, 2, horizon + 2 * margin, rng)
-        return self.rollouts.query_at(first[:, 0], first[:, 1], horizon, margin)
+        first = self._branch_starts(count, 2, length + 2 * margin, rng)
+        return self.rollouts.query_at(first[:, 0], first[:, 1], length, margin)
 
-    def _branch_starts(self, starts: int, branches: int, horizon: int, rng: np.random.Generator) -> np.ndarray:
+    def _branch_starts(self, starts: int, branches: int, length: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of the first steps of new branches: int64 [starts, branches]."""
         if self.rollouts.states.shape[1] == 0:
             raise ValueError("branching needs an environment that can store its simulator state (state_size > 0)")
-        legal = self.rollouts.starts(horizon, since=self.fresh_from if self.fresh_to > self.fresh_from else 0)
+        legal = self.rollouts.starts(length, since=self.fresh_from if self.fresh_to > self.fresh_from else 0)
         if len(legal) == 0:
-            raise ValueError(f"no stored episode has {horizon} steps to branch within; shorten segment_length")
+            raise ValueError(f"no stored episode has {length} steps to branch within; shorten segment_length")
         found = np.empty((starts, branches), np.int64)
         for i in range(starts):
             state = self.rollouts.states[legal[rng.integers(len(legal))] % self.rollouts.capacity].copy()
             for j in range(branches):
-                found[i, j] = self._branch(state, horizon)
+                found[i, j] = self._branch(state, length)
         return found
 
-    def _branch(self, state: np.ndarray, horizon: int) -> int:
+    def _branch(self, state: np.ndarray, length: int) -> int:
         """Index of the first step of a new branch from this state."""
         first = self.rollouts.total
-        if not self.agent.branch(state, horizon):
-            raise ValueError(f"a branch of {horizon} steps terminated early; branches need episodes that do not")
+        if not self.agent.branch(state, length):
+            raise ValueError(f"a branch of {length} steps terminated early; branches need episodes that do not")
         self.watch()
         return first
 

@@ -42,8 +42,8 @@ class Segments:
 
     def __post_init__(self) -> None:
         expect("Segments.obs", self.obs, torch.float32, (None, None, None))
-        size, horizon, _ = self.obs.shape
-        expect("Segments.actions", self.actions, torch.float32, (size, horizon, None))
+        size, length, _ = self.obs.shape
+        expect("Segments.actions", self.actions, torch.float32, (size, length, None))
         if self.raw_actions is not None:
             expect("Segments.raw_actions", self.raw_actions, torch.float32, tuple(self.actions.shape))
         if self.step is not None:
@@ -63,7 +63,7 @@ class Segments:
         )
 
     @property
-    def horizon(self) -> int:
+    def length(self) -> int:
         """Steps per segment, H."""
         return self.obs.shape[1]
 
@@ -75,7 +75,7 @@ class Segments:
 
     @staticmethod
     def cat(parts: list[Segments]) -> Segments:
-        """One batch from several of the same horizon; `raw_actions` are kept only if every part has them.
+        """One batch from several of the same length; `raw_actions` are kept only if every part has them.
 
         So is `step` if any part has it: the others' is unknown.
         """
@@ -104,8 +104,8 @@ class Query:
     def __post_init__(self) -> None:
         if self.first.obs.shape != self.second.obs.shape:
             raise ValueError(f"the pair's shapes differ: {list(self.first.obs.shape)}, {list(self.second.obs.shape)}")
-        size, horizon, _ = self.first.obs.shape
-        expect("Query.task_rewards", self.task_rewards, torch.float32, (size, 2, horizon))
+        size, length, _ = self.first.obs.shape
+        expect("Query.task_rewards", self.task_rewards, torch.float32, (size, 2, length))
         if self.states is not None:
             expect("Query.states", self.states, torch.float64, (size, 2, None))
         if self.fresh is not None:
@@ -309,21 +309,21 @@ class Session(Protocol):
     def fresh(self) -> list[Segments]:
         """This session's on-policy episodes (or parts): one Segments [1, T, ...] each; empty for buffer updaters."""
 
-    def unlabelled(self, count: int, horizon: int) -> tuple[Segments, Segments]:
-        """`count` random pairs of recent segments of `horizon` steps, without any reward."""
+    def unlabelled(self, count: int, length: int) -> tuple[Segments, Segments]:
+        """`count` random pairs of recent segments of `length` steps, without any reward."""
 
     def rollout(self, theta: Params, steps: int) -> list[Segments]:
         """Run the policy theta for `steps` environment steps (counted, kept in replay): Segments [1, T, ...] each."""
 
-    def branches(self, starts: int, branches: int, horizon: int) -> Segments:
+    def branches(self, starts: int, branches: int, length: int) -> Segments:
         """From `starts` stored simulator states, `branches` continuations each by the present policy.
 
-        The steps are counted as environment steps. Segments [starts * branches, horizon, ...], those of one start
+        The steps are counted as environment steps. Segments [starts * branches, length, ...], those of one start
         beside each other.
         """
 
-    def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
-        """The same from given simulator states, float64 [K, S] (`Preferences.states`): [K * branches, horizon, ...]."""
+    def branches_from(self, states: Tensor, branches: int, length: int) -> Segments:
+        """The same from given simulator states, float64 [K, S] (`Preferences.states`): [K * branches, length, ...]."""
 
     def transitions(self, count: int, rng: np.random.Generator | None = None) -> Mapping[str, Tensor]:
         """`count` random replay rows, drawn by `rng` (None: the updater's own): obs, actions, next_obs, not_done

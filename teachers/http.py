@@ -170,7 +170,7 @@ class HTTPTeacher(Teacher):
                     f"frames={self.frames} needs a renderer (teacher=http-frames has one) and an environment whose "
                     "simulator states can be stored; teacher.frames=0 sends observations and actions only"
                 )
-            moments = np.unique(np.linspace(segments.horizon, 0, self.frames).round().astype(int)).tolist()
+            moments = np.unique(np.linspace(segments.length, 0, self.frames).round().astype(int)).tolist()
             for segment, state, actions in zip(shown, query.states[:, side], segments.actions, strict=True):
                 pictures = self.render(state.numpy(), actions.numpy(), moments)
                 segment["frames"] = [_png(picture) for picture in pictures]

@@ -73,12 +73,12 @@ class RecordedTeacher(Teacher):
 def _read(file: BinaryIO) -> dict[tuple[bytes, bytes], float]:
     """Mean label of each stored pair, in both orders."""
     arrays = read_npz(file)
-    horizon = json.loads(str(arrays["metadata"]))["horizon"]
+    length = json.loads(str(arrays["metadata"]))["horizon"]
     obs, actions, labels = (arrays[name] for name in ("obs", "actions", "prefers_first"))
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError("a label is outside [0, 1]")
-    margin = (obs.shape[2] - horizon) // 2
-    centre = slice(margin, margin + horizon)
+    margin = (obs.shape[2] - length) // 2
+    centre = slice(margin, margin + length)
     sides = [
         _keys(torch.from_numpy(obs[:, side, centre]), torch.from_numpy(actions[:, side, centre])) for side in (0, 1)
     ]

@@ -94,8 +94,8 @@ class SimulatedTeacher(Teacher):
 
     def _choose(self, rewards: np.ndarray) -> np.ndarray:
         """Steps 3 to 5: labels 1 or 0, float64 [N]."""
-        size, _, horizon = rewards.shape
-        weighted = rewards @ self.gamma ** np.arange(horizon - 1, -1, -1.0)  # [N, 2]
+        size, _, length = rewards.shape
+        weighted = rewards @ self.gamma ** np.arange(length - 1, -1, -1.0)  # [N, 2]
         gap = weighted[:, 0] - weighted[:, 1]
         chance, slip = self._rng.random((2, size))  # always drawn, so that options do not shift each other's numbers
         if self.beta > 0:

@@ -113,7 +113,7 @@ class GaussianSession:
         found = self._roll(theta, steps // STEPS)
         return [found[i : i + 1] for i in range(len(found))]
 
-    def branches_from(self, states, branches, horizon):
+    def branches_from(self, states, branches, length):
         return self._roll(self.policy.theta, len(states) * branches)
 
     def transitions(self, count):

@@ -14,24 +14,24 @@ from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 
 
-def segments(count: int, horizon: int, rng: np.random.Generator) -> Segments:
-    obs, actions = (rng.normal(size=(count, horizon, 2)).astype(np.float32) for _ in range(2))
+def segments(count: int, length: int, rng: np.random.Generator) -> Segments:
+    obs, actions = (rng.normal(size=(count, length, 2)).astype(np.float32) for _ in range(2))
     return Segments(torch.from_numpy(obs), torch.from_numpy(np.tanh(actions)))
 
 
 def answered(
-    count: int, horizon: int = 6, margin: int = 0, wrong: int = 0, seed: int = 0, earlier: int = 0
+    count: int, length: int = 6, margin: int = 0, wrong: int = 0, seed: int = 0, earlier: int = 0
 ) -> Preferences:
     """Pairs labelled by the sum of the first observation; the first `wrong` labels are turned.
 
     All but the first `earlier` are of the present session.
     """
     rng = np.random.default_rng(seed)
-    wide = segments(count, horizon + 2 * margin, rng), segments(count, horizon + 2 * margin, rng)
-    first, second = (side.steps(margin, margin + horizon) for side in wide)
+    wide = segments(count, length + 2 * margin, rng), segments(count, length + 2 * margin, rng)
+    first, second = (side.steps(margin, margin + length) for side in wide)
     labels = (first.obs[..., 0].sum(1) > second.obs[..., 0].sum(1)).float()
     labels[:wrong] = 1 - labels[:wrong]
-    query = Query(first, second, torch.zeros(count, 2, horizon), context=wide if margin else None)
+    query = Query(first, second, torch.zeros(count, 2, length), context=wide if margin else None)
     preferences = Preferences()
     for number, part in enumerate((slice(0, earlier), slice(earlier, count))):
         if len(labels[part]):
@@ -51,7 +51,7 @@ def session(seed: int = 0) -> Any:
     return SimpleNamespace(
         rng=rng,
         env_step=5000,
-        unlabelled=lambda count, horizon: (segments(count, horizon, rng), segments(count, horizon, rng)),
+        unlabelled=lambda count, length: (segments(count, length, rng), segments(count, length, rng)),
         transitions=transitions,
         novelty=lambda obs, nearest: obs.norm(dim=1),
     )

@@ -166,12 +166,12 @@ def test_episodes_are_cut_into_pieces_with_masks():
     assert pieces.obs[pieces.mask][:, 0].tolist() == [0, 1, 2, 3, 4, 100, 101, 102]
 
 
-def session_of(episode, pairs, horizon=2):
+def session_of(episode, pairs, length=2):
     """Preferences about segments of one episode, given by the first steps of each pair's two."""
-    segments = [Segments.cat([episode.steps(pair[side], pair[side] + horizon) for pair in pairs]) for side in (0, 1)]
+    segments = [Segments.cat([episode.steps(pair[side], pair[side] + length) for pair in pairs]) for side in (0, 1)]
     stored = Preferences()
     stored.add(
-        Query(*segments, torch.zeros(len(pairs), 2, horizon), fresh=torch.ones(len(pairs), dtype=torch.bool)),
+        Query(*segments, torch.zeros(len(pairs), 2, length), fresh=torch.ones(len(pairs), dtype=torch.bool)),
         Answer(torch.arange(len(pairs)) / len(pairs), torch.ones(len(pairs), dtype=torch.bool)),
         0,
     )

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"train", "evaluate", "compare", "listing", "label", "export", "learned_reward", "__init__"}
-ALGORITHM = {"loop", "session", "schedule", "asking", "parts", "questions"}  # what runs the parts
+ALGORITHM = {"loop", "session", "schedule", "asking", "parts", "questions", "dialogue"}  # what runs the parts
 # Folders of pbrl, and what none of their files may import; the files of pbrl itself that are neither command nor
 # algorithm are the data and the learned reward, which everything may import.
 FORBIDDEN = {

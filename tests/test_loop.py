@@ -146,7 +146,7 @@ def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path,
     resumed = tiny_loop(tmp_path / "run2", f"resume={tmp_path / 'run'}")
     assert resumed.step == 300
     assert len(resumed.parts.preferences) == 5, "the first session's answers are kept"
-    assert resumed.pending is not None, "the questions will be asked again"
+    assert resumed.dialogue.pending is not None, "the questions will be asked again"
     assert finish(resumed)["complete"]
 
 

@@ -26,22 +26,22 @@ from tests.conftest import ask
 generator = torch.Generator().manual_seed(0)
 
 
-def segments(size: int, horizon: int = 4, obs_dim: int = 3, raw: bool = False) -> Segments:
-    sample = torch.randn(size, horizon, 2, generator=generator)
-    return Segments(torch.randn(size, horizon, obs_dim, generator=generator), sample.tanh(), sample if raw else None)
+def segments(size: int, length: int = 4, obs_dim: int = 3, raw: bool = False) -> Segments:
+    sample = torch.randn(size, length, 2, generator=generator)
+    return Segments(torch.randn(size, length, obs_dim, generator=generator), sample.tanh(), sample if raw else None)
 
 
-def query(size: int, horizon: int = 4, obs_dim: int = 3, raw: bool = False, states: bool = False) -> Query:
-    first, second = segments(size, horizon, obs_dim, raw), segments(size, horizon, obs_dim, raw)
+def query(size: int, length: int = 4, obs_dim: int = 3, raw: bool = False, states: bool = False) -> Query:
+    first, second = segments(size, length, obs_dim, raw), segments(size, length, obs_dim, raw)
     kept = torch.randn(size, 2, 5, generator=generator).double() if states else None
-    return Query(first, second, torch.full((size, 2, horizon), float("nan")), states=kept)
+    return Query(first, second, torch.full((size, 2, length), float("nan")), states=kept)
 
 
-def wide_query(size: int, horizon: int = 4, margin: int = 3) -> Query:
+def wide_query(size: int, length: int = 4, margin: int = 3) -> Query:
     """A query that knows `margin` steps before and after its segments."""
-    first, second = segments(size, horizon + 2 * margin), segments(size, horizon + 2 * margin)
-    centre = margin, margin + horizon
-    rewards = torch.zeros(size, 2, horizon)
+    first, second = segments(size, length + 2 * margin), segments(size, length + 2 * margin)
+    centre = margin, margin + length
+    rewards = torch.zeros(size, 2, length)
     return Query(first.steps(*centre), second.steps(*centre), rewards, context=(first, second))
 
 
@@ -109,10 +109,10 @@ def test_segments_are_the_centre_of_their_context() -> None:
     preferences, asked = Preferences(), wide_query(3)
     preferences.add(asked, all_given([1.0, 0.0, 1.0]), 0)
     assert asked.context is not None
-    assert (preferences.margin, preferences.horizon) == (3, 4)
+    assert (preferences.margin, preferences.length) == (3, 4)
     assert torch.equal(preferences.first.obs, asked.first.obs)
     assert torch.equal(preferences.wide_second.actions, asked.context[1].actions)
-    assert preferences.wide_first.horizon == 10
+    assert preferences.wide_first.length == 10
 
 
 def test_what_not_every_pair_has_is_dropped() -> None:
@@ -137,7 +137,7 @@ def test_a_context_that_is_not_around_its_segments_is_refused() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (query(2, horizon=5), "segments of 5 steps cannot join preferences about 4 steps"),
+        (query(2, length=5), "segments of 5 steps cannot join preferences about 4 steps"),
         (query(2, obs_dim=4), "obs of size 4 cannot join preferences with obs of size 3"),
     ],
 )
@@ -303,7 +303,7 @@ def loads_equal_or_refuses(path: Path, original: Preferences) -> None:
 @fuzz
 @given(st.data())
 def test_damaged_files_are_refused(tmp_path: Path, data: st.DataObject) -> None:
-    original = filled(3, horizon=2, states=True)
+    original = filled(3, length=2, states=True)
     original.save(tmp_path / "p.npz")
     content = bytearray((tmp_path / "p.npz").read_bytes())
     if data.draw(st.booleans(), "truncate"):
@@ -363,7 +363,7 @@ def test_the_command_line_exports_describes_and_joins(tmp_path: Path, capsys: py
     ("other", "message"),
     [
         (filled(about={"env": "door-open"}), "env 'pointmass'.*'door-open'"),
-        (filled(horizon=5), "5 steps cannot join preferences about 4 steps"),
+        (filled(length=5), "5 steps cannot join preferences about 4 steps"),
         (filled(obs_dim=4), "obs of size 4"),
     ],
 )
@@ -586,7 +586,7 @@ def test_pairs_remember_their_steps_and_which_are_fresh_and_new(tmp_path: Path) 
 
 
 def test_margins_shift_the_remembered_steps() -> None:
-    wide = query(2, horizon=6)
+    wide = query(2, length=6)
     sides = [replace(side, step=torch.tensor([10, -1])) for side in (wide.first, wide.second)]
     asked = replace(
         wide,

@@ -439,7 +439,7 @@ def test_a_run_stopped_before_its_first_step_resumes_exactly(tmp_path: Path) -> 
 
 def test_no_answer_is_asked_for_while_the_run_is_asked_to_stop(tmp_path: Path) -> None:
     loop = made(tmp_path / "a")
-    loop.stop = lambda: loop.pending is not None
+    loop.stop = lambda: loop.dialogue.pending is not None
     with pytest.raises(Stopped):
         loop.run()
     loop.close(False)
@@ -449,23 +449,23 @@ def test_no_answer_is_asked_for_while_the_run_is_asked_to_stop(tmp_path: Path) -
 
 def test_pending_questions_remember_which_of_them_are_about_fresh_steps(tmp_path: Path) -> None:
     loop = made(tmp_path / "a", "updater.pairs=fresh", "feedback.fresh_share=0.4")
-    loop.stop = lambda: loop.sessions > 0 and loop.pending is not None
+    loop.stop = lambda: loop.sessions > 0 and loop.dialogue.pending is not None
     with pytest.raises(Stopped):
         loop.run()
     loop.close(False)
-    assert loop.pending is not None
-    assert loop.pending.fresh is not None
-    assert 0 < int(loop.pending.fresh.sum()) < len(loop.pending)
+    assert loop.dialogue.pending is not None
+    assert loop.dialogue.pending.fresh is not None
+    assert 0 < int(loop.dialogue.pending.fresh.sum()) < len(loop.dialogue.pending)
     resumed = made(tmp_path / "a", resume=True)
-    assert resumed.pending is not None
-    assert torch.equal(resumed.pending.fresh, loop.pending.fresh)  # type: ignore[arg-type]
-    assert torch.equal(resumed.pending.second.step, loop.pending.second.step)  # type: ignore[arg-type]
+    assert resumed.dialogue.pending is not None
+    assert torch.equal(resumed.dialogue.pending.fresh, loop.dialogue.pending.fresh)  # type: ignore[arg-type]
+    assert torch.equal(resumed.dialogue.pending.second.step, loop.dialogue.pending.second.step)  # type: ignore[arg-type]
     resumed.stop = lambda: resumed.sessions > 1
     with pytest.raises(Stopped):
         resumed.run()
     resumed.close(False)
     latest = resumed.parts.preferences.session == 1
-    assert torch.equal(resumed.parts.preferences.fresh[latest], loop.pending.fresh)
+    assert torch.equal(resumed.parts.preferences.fresh[latest], loop.dialogue.pending.fresh)
 
 
 def made_pending(run: Path) -> bool:

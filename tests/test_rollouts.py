@@ -45,7 +45,7 @@ def test_the_margin_surrounds_the_segment() -> None:
     query = filled([20]).query(50, 4, np.random.default_rng(0), margin=3)
     assert query.context is not None
     for segments, wide in ((query.first, query.context[0]), (query.second, query.context[1])):
-        assert wide.horizon == 10
+        assert wide.length == 10
         assert torch.equal(wide.obs[:, 3:7], segments.obs)
 
 
@@ -86,4 +86,4 @@ def test_a_branch_neither_counts_as_an_episode_nor_joins_one() -> None:
     assert rollouts.running_length == 3
     assert rollouts.starts(2, since=3).tolist() == [3, 5]
     parts = rollouts.episodes_between(3, rollouts.total)
-    assert [part.horizon for part in parts] == [2, 2, 1]
+    assert [part.length for part in parts] == [2, 2, 1]

@@ -130,13 +130,13 @@ def flow():
     return table
 
 
-def answered(pairs=6, horizon=3):
+def answered(pairs=6, length=3):
     rng = np.random.default_rng(1)
-    state, sign = (torch.from_numpy(rng.integers(n, size=(2, pairs, horizon))) for n in (STATES, 2))
+    state, sign = (torch.from_numpy(rng.integers(n, size=(2, pairs, length))) for n in (STATES, 2))
     sides = [Segments(torch.eye(STATES)[state[k]], (2 * sign[k].float() - 1)[..., None] * 0.7) for k in (0, 1)]
     labels = torch.from_numpy(rng.random(pairs, dtype=np.float32))
     stored = Preferences()
-    stored.add(Query(*sides, torch.zeros(pairs, 2, horizon)), Answer(labels, torch.ones(pairs, dtype=torch.bool)), 0)
+    stored.add(Query(*sides, torch.zeros(pairs, 2, length)), Answer(labels, torch.ones(pairs, dtype=torch.bool)), 0)
     return stored, state, sign, labels.double()
 
 

@@ -22,10 +22,10 @@ PAIRS = 10_000
 
 def query(task_rewards: Tensor, mean_task_reward: float = float("nan")) -> Query:
     """A query with these task rewards [N, 2, H] and meaningless observations."""
-    size, _, horizon = task_rewards.shape
+    size, _, length = task_rewards.shape
     generator = torch.Generator().manual_seed(size)
     first, second = (
-        Segments(torch.randn(size, horizon, 3, generator=generator), torch.zeros(size, horizon, 2)) for _ in range(2)
+        Segments(torch.randn(size, length, 3, generator=generator), torch.zeros(size, length, 2)) for _ in range(2)
     )
     return Query(first, second, task_rewards.float(), mean_task_reward)
 

@@ -81,7 +81,7 @@ class Stretch:
         stored.add(query, Answer(labels, torch.ones(len(labels), dtype=torch.bool)), 0)
         return stored
 
-    def branches_from(self, states: Tensor, branches: int, horizon: int) -> Segments:
+    def branches_from(self, states: Tensor, branches: int, length: int) -> Segments:
         """The continuations of these states, rolled out beforehand."""
         found = []
         known = [

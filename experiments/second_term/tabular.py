@@ -196,15 +196,15 @@ def transitions(given: Problem, count: int, rng: np.random.Generator) -> tuple[T
     return table[here], table[there]
 
 
-def trajectories(given: Problem, count: int, horizon: int, rng: np.random.Generator) -> Tensor:
-    """State-action indices of `count` trajectories of the policy: int64 [count, horizon]."""
+def trajectories(given: Problem, count: int, length: int, rng: np.random.Generator) -> Tensor:
+    """State-action indices of `count` trajectories of the policy: int64 [count, length]."""
     mdp = given.mdp
     policy = mdp.policy(mdp.q(given.reward))
     flow = mdp.flow(policy).numpy().cumsum(1)
     first = (mdp.start[:, None] * policy).reshape(-1).numpy()
     at = rng.choice(mdp.size, size=count, p=first / first.sum())
     found = [at]
-    for _ in range(horizon - 1):
+    for _ in range(length - 1):
         at = (flow[at] < rng.random((count, 1))).sum(1).clip(max=mdp.size - 1)
         found.append(at)
     return torch.from_numpy(np.stack(found, 1))
@@ -212,7 +212,7 @@ def trajectories(given: Problem, count: int, horizon: int, rng: np.random.Genera
 
 def estimates(given: Problem, steps: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Every estimate of ∂/∂r from `steps` transitions, float64 [S A] (low-dimensional: its 4 slopes)."""
-    mdp, horizon = given.mdp, 50
+    mdp, length = given.mdp, 50
     table = torch.eye(mdp.size, dtype=torch.float64)
     here, there = transitions(given, steps, rng)
     found = {}
@@ -221,7 +221,7 @@ def estimates(given: Problem, steps: int, rng: np.random.Generator) -> dict[str,
         found[f"critic-pairs ({compare})"] = here.T @ weights
     policy = mdp.policy(mdp.q(given.reward))
     utility = here @ given.utility.reshape(-1)
-    index = trajectories(given, max(steps // horizon, 1), horizon, rng)
+    index = trajectories(given, max(steps // length, 1), length, rng)
     mask = torch.ones(index.shape, dtype=torch.bool)
 
     def advantage_of(values: Tensor) -> Tensor:

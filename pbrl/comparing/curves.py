@@ -128,8 +128,8 @@ def gather(
             continue
         result.metrics[task] = score_metric(methods, metric)
         result.curves[task] = on_common_grid(task, learners, result.metrics[task])
-        horizon = next(iter(result.curves[task].values())).steps[-1]
-        reference = find_reference(task, methods.get(ORACLE, []), result, horizon, oracle_folder)
+        last_step = next(iter(result.curves[task].values())).steps[-1]
+        reference = find_reference(task, methods.get(ORACLE, []), result, last_step, oracle_folder)
         if reference is not None:
             result.references[task] = reference
     if result.base is None:
@@ -184,9 +184,9 @@ def over_labels(run: Run, steps: Array, values: Array) -> tuple[Array, Array]:
 
 
 def find_reference(
-    task: str, runs: Sequence[Run], result: Comparison, horizon: float, folder: Path
+    task: str, runs: Sequence[Run], result: Comparison, last_step: float, folder: Path
 ) -> Reference | None:
-    """The oracle's curve up to the horizon: from oracle runs among those compared, else from the stored curve.
+    """The oracle's curve up to the last_step: from oracle runs among those compared, else from the stored curve.
 
     None, with a note, if there is neither or its score is not positive.
     """
@@ -194,17 +194,17 @@ def find_reference(
     series = [run.series(metric) for run in runs]
     if not runs and stored.exists():
         series = [_read_curve(stored, metric)]
-    series = [(steps, values) for steps, values in series if len(steps) and steps[0] <= horizon]
+    series = [(steps, values) for steps, values in series if len(steps) and steps[0] <= last_step]
     if not series:
         result.notes.append(
             f"{task}: no oracle for {metric}, so nothing is normalised here. Add runs with updater=oracle, or {stored}."
         )
         return None
     grid = common_grid([steps for steps, _ in series])
-    grid = grid[grid <= horizon]
-    if grid[-1] < (1 - TAIL) * horizon:
+    grid = grid[grid <= last_step]
+    if grid[-1] < (1 - TAIL) * last_step:
         result.notes.append(
-            f"{task}: the oracle ends at {grid[-1]:.0f} of {horizon:.0f} steps; its last scores are used."
+            f"{task}: the oracle ends at {grid[-1]:.0f} of {last_step:.0f} steps; its last scores are used."
         )
     values = np.stack([last_observation(*points, grid) for points in series])
     reference = Reference(grid, values, result.sources(runs) if runs else str(stored))

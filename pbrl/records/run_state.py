@@ -29,6 +29,13 @@ class Fresh(Protocol):
     fresh_to: int
 
 
+class Open(Protocol):
+    """The questions that have no answer yet; see `pbrl.dialogue.Dialogue`."""
+
+    pending: Query | None
+    outstanding: Query | None
+
+
 class Running(Protocol):
     """A run in progress: the loop, as far as it is stored."""
 
@@ -37,8 +44,6 @@ class Running(Protocol):
     due: Due
     sessions: int
     pretrained: bool
-    pending: Query | None
-    outstanding: Query | None
     rngs: list[np.random.Generator]  # the loop's own, in a fixed order
     step_logs: list[StepLog]
 
@@ -48,6 +53,8 @@ class Running(Protocol):
     def entropy(self) -> StateEntropy: ...
     @property
     def session(self) -> Fresh: ...
+    @property
+    def dialogue(self) -> Open: ...
 
 
 def save(loop: Running) -> None:
@@ -80,8 +87,8 @@ def save(loop: Running) -> None:
     arrays["replay_rewards"] = replay.rewards[: replay.size(), 0]
     if replay.deviations is not None:
         arrays["replay_deviations"] = replay.deviations[: replay.size(), 0]
-    arrays |= {f"pending/{key}": value for key, value in pack_query(loop.pending).items()}
-    arrays |= {f"outstanding/{key}": value for key, value in pack_query(loop.outstanding).items()}
+    arrays |= {f"pending/{key}": value for key, value in pack_query(loop.dialogue.pending).items()}
+    arrays |= {f"outstanding/{key}": value for key, value in pack_query(loop.dialogue.outstanding).items()}
     total = parts.rollouts.total
     save_checkpoint(loop.run_dir, agent.num_timesteps, run, state, arrays, [(log, total) for log in loop.step_logs])
     if len(parts.preferences):
@@ -107,14 +114,14 @@ def restore(loop: Running, loaded: Loaded) -> None:
     if "updater" in loaded.state:  # before version 0.2 not for updaters that remember nothing
         parts.updater.load_state_dict(loaded.state["updater"])
     parts.preferences = Preferences.from_state(_part(loaded.arrays, "preferences/"))
-    loop.pending = unpack_query(_part(loaded.arrays, "pending/"))
-    loop.outstanding = unpack_query(_part(loaded.arrays, "outstanding/"))
+    loop.dialogue.pending = unpack_query(_part(loaded.arrays, "pending/"))
+    loop.dialogue.outstanding = unpack_query(_part(loaded.arrays, "outstanding/"))
     loop.due, loop.sessions, loop.pretrained = Due(**run["due"]), run["sessions"], run["pretrained"]
     loop.diary.continues(run["last"], run["seconds"])
     loop.entropy.load_state(run["entropy"])
     loop.session.fresh_from, loop.session.fresh_to, *fresh_asked = run["fresh"]
-    if loop.pending is not None and fresh_asked:  # before version 0.2
-        loop.pending = _found_again(loop.pending, parts.rollouts, *fresh_asked)
+    if loop.dialogue.pending is not None and fresh_asked:  # before version 0.2
+        loop.dialogue.pending = _found_again(loop.dialogue.pending, parts.rollouts, *fresh_asked)
     for rng, rng_state in zip(loop.rngs, run["rngs"], strict=True):
         rng.bit_generator.state = rng_state
     if run["teacher"] is not None:

@@ -66,5 +66,5 @@ def _segment_rows(segments: Segments, weight: Tensor, half: int) -> WeightedRows
     """Every step of segment i with weight[i], where that is not zero."""
     used = weight != 0
     obs, actions = segments.obs[used], segments.actions[used]
-    weights = weight[used].repeat_interleave(segments.horizon)
+    weights = weight[used].repeat_interleave(segments.length)
     return WeightedRows.of_half(obs.flatten(0, 1), actions.flatten(0, 1), weights, half)

@@ -44,7 +44,7 @@ def critic_adjoint_estimate(
     session: Session,
     rng: np.random.Generator,
     *,
-    horizon: int,
+    trajectory_length: int,
     rows: int,
     ridge: float,
     trace_decay: float,
@@ -56,11 +56,11 @@ def critic_adjoint_estimate(
 
     Args:
         rng: of everything random here; not the updater's own.
-        horizon, rows, ridge, trace_decay, center, actions: see `Implicit`.
+        trajectory_length, rows, ridge, trace_decay, center, actions: see `Implicit`.
         low_dimensional: keep the term along few directions of reward only.
     """
     episodes, device = session.fresh(), reward.device
-    pieces = cut(episodes, horizon) if episodes else None
+    pieces = cut(episodes, trajectory_length) if episodes else None
     if pieces is None or len(pieces) < PARTS or len(preferences) < 4:
         return Estimate(None)
     halves = replay_halves(session, rows, rng)

@@ -65,7 +65,7 @@ def _values(
 ) -> tuple[Tensor, Tensor]:
     """value(τ) of each of N segments by both critics, float32 [2, N], and its derivative in Q as features [2, N, D]."""
     policy, size = session.policy, len(segments)
-    steps = 1 if compare == "value" else segments.horizon
+    steps = 1 if compare == "value" else segments.length
     obs, taken = (x[:, :steps].flatten(0, 1).to(device) for x in (segments.obs, segments.actions))
     with torch.no_grad():
         critic = policy.critic_parameters()

@@ -87,7 +87,7 @@ def _through_critics(
         preferences,
         session,
         rng,
-        horizon=settings.trajectory_length,
+        trajectory_length=settings.trajectory_length,
         rows=settings.rows,
         ridge=settings.ridge,
         trace_decay=settings.trace_decay,
@@ -122,7 +122,7 @@ def _covariance(
         return Estimate(None)
     states = preferences.states[fresh.chosen]
     starts = states.transpose(0, 1).flatten(0, 1)  # all first, then all second ones
-    continued = session.branches_from(starts, settings.branches, fresh.pairs.segments.horizon)
+    continued = session.branches_from(starts, settings.branches, fresh.pairs.segments.length)
     values = preference_values(reward, fresh.pairs)
     return covariance_estimate(values, fresh.pairs, continued, session.policy.alpha)
 

@@ -82,21 +82,21 @@ class Division:
         return min(self.pairs.sizes()) >= 1 and (len(self.pieces) >= 2 * PARTS or not pieces)
 
 
-def cut(episodes: list[Segments], horizon: int) -> Trajectories:
-    """The episodes cut into pieces of `horizon` steps from their beginnings; the last of each may be shorter.
+def cut(episodes: list[Segments], trajectory_length: int) -> Trajectories:
+    """The episodes cut into pieces of `trajectory_length` steps from their beginnings; the last of each may be shorter.
 
     Piece i belongs to part i % PARTS.
 
     Raises:
         ValueError: without episodes, or if they hold no raw actions.
     """
-    return _cut(episodes, horizon, np.full(sum(episode.horizon for episode in episodes), -1))
+    return _cut(episodes, trajectory_length, np.full(sum(episode.length for episode in episodes), -1))
 
 
 def divide(
     preferences: Preferences,
     episodes: list[Segments],
-    horizon: int,
+    trajectory_length: int,
     labelled_share: float = LABELLED_SHARE,
 ) -> Division:
     """This session's fresh pairs dealt to two halves, and the other steps of `episodes` cut into pieces.
@@ -115,10 +115,10 @@ def divide(
         raise ValueError("the preferences hold no raw actions, so the policy's scores are unknown")
     segments = Segments.cat([first, second])
     begin = _locate(episodes, segments).reshape(2, count)
-    owner = np.full(sum(episode.horizon for episode in episodes), -1)  # half of the pairs that a step lies in
+    owner = np.full(sum(episode.length for episode in episodes), -1)  # half of the pairs that a step lies in
     half, sizes = np.full(count, -1), [0, 0]
     for i in range(count):
-        rows = (begin[begin[:, i] >= 0, i][:, None] + np.arange(segments.horizon)).ravel()
+        rows = (begin[begin[:, i] >= 0, i][:, None] + np.arange(segments.length)).ravel()
         touched = set(owner[rows]) - {-1}
         grown = (owner >= 0).sum() + (owner[np.unique(rows)] < 0).sum()
         if len(touched) == 2 or grown > labelled_share * len(owner):
@@ -129,7 +129,7 @@ def divide(
     chosen = torch.from_numpy(np.flatnonzero(half >= 0))
     kept = Segments.cat([first[chosen], second[chosen]])
     pairs = Labelled(kept, preferences.prefers_first[latest[chosen]], torch.from_numpy(half)[chosen])
-    return Division(pairs, latest[chosen], _cut(episodes, horizon, owner))
+    return Division(pairs, latest[chosen], _cut(episodes, trajectory_length, owner))
 
 
 def check_share(earlier_share: float | None) -> None:
@@ -153,20 +153,20 @@ def training_rows(new: Tensor, earlier_share: float | None, rng: np.random.Gener
     return np.concatenate([old[np.sort(rng.choice(len(old), count, replace=False))], latest])
 
 
-def _cut(episodes: list[Segments], horizon: int, owner: np.ndarray) -> Trajectories:
-    """Pieces of at most `horizon` steps of the runs of steps with owner −1, in order."""
+def _cut(episodes: list[Segments], trajectory_length: int, owner: np.ndarray) -> Trajectories:
+    """Pieces of at most `trajectory_length` steps of the runs of steps with owner −1, in order."""
     if not episodes or any(episode.raw_actions is None for episode in episodes):
         raise ValueError(f"{len(episodes)} fresh episodes; expected at least one, all with raw actions")
     starts, stops, end = [], [], 0
     for episode in episodes:
-        end += episode.horizon
-        free = np.flatnonzero(owner[end - episode.horizon : end] < 0) + end - episode.horizon
+        end += episode.length
+        free = np.flatnonzero(owner[end - episode.length : end] < 0) + end - episode.length
         for run in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
             if len(run):
-                starts.append(np.arange(run[0], run[-1] + 1, horizon))
-                stops.append(np.minimum(starts[-1] + horizon, run[-1] + 1))
+                starts.append(np.arange(run[0], run[-1] + 1, trajectory_length))
+                stops.append(np.minimum(starts[-1] + trajectory_length, run[-1] + 1))
     start, stop = (np.concatenate(found) if found else np.zeros(0, np.int64) for found in (starts, stops))
-    index = start[:, None] + np.arange(min(horizon, int((stop - start).max(initial=1))))
+    index = start[:, None] + np.arange(min(trajectory_length, int((stop - start).max(initial=1))))
     mask = torch.from_numpy(index < stop[:, None])
     rows = torch.from_numpy(np.minimum(index, stop[:, None] - 1))
     obs, actions, raw_actions = (
@@ -181,7 +181,7 @@ def _locate(episodes: list[Segments], segments: Segments) -> np.ndarray:
     if segments.step is None or any(episode.step is None for episode in episodes):
         return np.full(len(segments), -1)
     beginnings = [int(episode.step[0]) for episode in episodes if episode.step is not None]
-    rows = [begin + np.arange(e.horizon) for begin, e in zip(beginnings, episodes, strict=True)]
+    rows = [begin + np.arange(e.length) for begin, e in zip(beginnings, episodes, strict=True)]
     steps, wanted = np.concatenate(rows), segments.step.numpy()  # both count the run's steps; the rows ascend
     row = np.minimum(np.searchsorted(steps, wanted), len(steps) - 1)
     return np.where(steps[row] == wanted, row, -1)

@@ -96,9 +96,9 @@ def climb(
     return normalized_ascent(objective, policy.parameters(), walk.steps, walk.scale)
 
 
-def discounted_steps(gamma: float, horizon: int) -> float:
-    """Σ_{h < horizon} gamma^h."""
-    return sum(gamma**h for h in range(horizon))
+def discounted_steps(gamma: float, steps: int) -> float:
+    """Σ_{h < steps} gamma^h."""
+    return sum(gamma**h for h in range(steps))
 
 
 def bracket(present: Trajectories, penalised: Trajectories, half: int, gamma: float, sigma: float) -> WeightedRows:
@@ -108,13 +108,13 @@ def bracket(present: Trajectories, penalised: Trajectories, half: int, gamma: fl
     gradient however the episodes were cut. `present` may hold the steps whose scores made theta_sigma: the two enter a
     difference of means, not a product, so nothing is counted twice in expectation.
     """
-    horizon = max(present.mask.shape[1], penalised.mask.shape[1])
+    steps = max(present.mask.shape[1], penalised.mask.shape[1])
     parts = []
     for trajectories, sign in ((penalised, 1.0), (present, -1.0)):
         mask = trajectories.mask
         weights = torch.zeros(2, int(mask.sum()), device=mask.device)
         discounts = discounted_weights(mask, gamma)[mask]
-        weights[half] = ((sign / sigma) * discounted_steps(gamma, horizon) * discounts / discounts.sum()).float()
+        weights[half] = ((sign / sigma) * discounted_steps(gamma, steps) * discounts / discounts.sum()).float()
         parts.append(WeightedRows(trajectories.obs[mask], trajectories.actions[mask], weights))
     return WeightedRows.cat(parts)
 

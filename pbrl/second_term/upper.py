@@ -99,7 +99,7 @@ def pair_scores(upper: str, reward: RewardEnsemble, labelled: Labelled) -> Score
             weights[part][:, own] = sides
     segments = labelled.segments
     assert segments.raw_actions is not None
-    rows = weights.flatten(1).repeat_interleave(segments.horizon, dim=1)
+    rows = weights.flatten(1).repeat_interleave(segments.length, dim=1)
     return ScoreRows(segments.obs.flatten(0, 1), segments.raw_actions.flatten(0, 1), rows)
 
 
@@ -132,15 +132,15 @@ def direct(
     regulariser: Regulariser | None,
     reward: RewardEnsemble,
     episodes: list[Segments],
-    horizon: int,
+    trajectory_length: int,
 ) -> Callable[[], None] | None:
     """Subtracts the phi-gradients of E[U_phi(τ)] and Z(phi) from the loss's, every member as though it were alone.
 
-    The expectation is over the episodes, cut to `horizon` steps. None if neither is given, or without episodes.
+    The expectation is over the episodes, cut to `trajectory_length` steps. None if neither or no episode is given.
     """
     if (utility is None and regulariser is None) or not episodes:
         return None
-    moved = cut(episodes, horizon).to(reward.device)
+    moved = cut(episodes, trajectory_length).to(reward.device)
 
     def add() -> None:
         value = torch.zeros((), device=reward.device)

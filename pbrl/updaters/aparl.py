@@ -65,9 +65,9 @@ class APARL(Updater):
         check_estimator(self.implicit, upper, utility)
         self.safeguard = Safeguard(as_gate(gate), as_limit(clip))
 
-    def own_steps(self, pairs: int, horizon: int) -> int:
+    def own_steps(self, pairs: int, length: int) -> int:
         """Those of the continuations that the covariance estimator asks for."""
-        return 2 * pairs * self.implicit.branches * horizon if self.implicit.estimator == "covariance" else 0
+        return 2 * pairs * self.implicit.branches * length if self.implicit.estimator == "covariance" else 0
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""

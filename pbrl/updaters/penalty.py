@@ -91,7 +91,7 @@ class Penalty(Updater):
         if self.reference == "initial":
             self.reference_policy = copied(session.policy.parameters())
 
-    def own_steps(self, pairs: int, horizon: int) -> int:
+    def own_steps(self, pairs: int, length: int) -> int:
         """Those of the second actors."""
         return self.walk.rollout_steps if self.first_sigma else 0
 

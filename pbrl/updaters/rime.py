@@ -95,9 +95,9 @@ class Rime(Updater):
         self.warm, self.largest, self.variance, self.done = False, 0.0, 1.0, 0
         self.mean, self.count = 0.0, 0  # of the trusted KL
 
-    def own_steps(self, pairs: int, horizon: int) -> int:
+    def own_steps(self, pairs: int, length: int) -> int:
         """Those of the inner updater, at most in each epoch."""
-        return self.epochs * self.inner.own_steps(pairs, horizon)
+        return self.epochs * self.inner.own_steps(pairs, length)
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Denoise and train, epoch by epoch; returns the inner updater's last metrics and the shares kept."""

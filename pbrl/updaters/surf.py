@@ -89,7 +89,7 @@ class Surf(Updater):
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and the share of confident unlabelled pairs."""
-        length, rng = preferences.horizon, session.rng
+        length, rng = preferences.length, session.rng
         self._draw_unlabelled(session, int(preferences.new.sum()), length)
         if self.unlabelled is None:
             return self.fit(reward, preferences, rng)
