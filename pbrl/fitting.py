@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.checks import check
 from pbrl.losses import bradley_terry_loss, correct, preference_logits
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
@@ -190,27 +191,30 @@ class Fitting:
     shrink: float
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("least_steps", self.least_steps >= 0, "at least 0"),
-            ("steps_per_label", self.steps_per_label is None or self.steps_per_label > 0, "a number above 0, or null"),
-            (
-                "crop",
+        check(
+            "updater.fit",
+            epochs=(self.epochs, self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size, self.batch_size >= 1, "at least 1"),
+            least_steps=(self.least_steps, self.least_steps >= 0, "at least 0"),
+            steps_per_label=(
+                self.steps_per_label,
+                self.steps_per_label is None or self.steps_per_label > 0,
+                "a number above 0, or null",
+            ),
+            crop=(
+                self.crop,
                 self.crop is None or (len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1]),
                 "the shortest and the longest share of a segment, such as [0.7, 1.0], or null",
             ),
-            (
-                "pieces",
+            pieces=(
+                self.pieces,
                 self.pieces >= 1 and (self.pieces == 1 or self.crop is not None),
                 "at least 1; 1 without a crop",
             ),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share in [0, 1)"),
-            ("stop_over", self.stop_over in ("epoch", "update"), "epoch or update"),
-            ("shrink", self.shrink >= 0, "at least 0"),
-        ):
-            if not good:
-                raise ValueError(f"updater.fit.{name}={getattr(self, name)}; expected {expected}")
+            label_smoothing=(self.label_smoothing, 0 <= self.label_smoothing < 1, "a share in [0, 1)"),
+            stop_over=(self.stop_over, self.stop_over in ("epoch", "update"), "epoch or update"),
+            shrink=(self.shrink, self.shrink >= 0, "at least 0"),
+        )
 
     def crop_lengths(self, segment_length: int) -> tuple[int, int]:
         """Steps of the shortest and of the longest piece of a segment."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pbrl.checks import check
+
 
 @dataclass(frozen=True)
 class Pay:
@@ -41,15 +43,18 @@ class Pay:
     disagreement_decay: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name, wanted, good in (
-            ("pessimism", "at least 0", self.pessimism >= 0),
-            ("pessimism_decay", "a share in [0, 1)", 0 <= self.pessimism_decay < 1),
-            ("lowest_of", "at least 1", self.lowest_of >= 1),
-            ("disagreement_bonus", "at least 0 (reward.pessimism pays less)", self.disagreement_bonus >= 0),
-            ("disagreement_decay", "a share in [0, 1)", 0 <= self.disagreement_decay < 1),
-        ):
-            if not good:
-                raise ValueError(f"reward.{name}={getattr(self, name)}; expected {wanted}")
+        check(
+            "reward",
+            pessimism=(self.pessimism, self.pessimism >= 0, "at least 0"),
+            pessimism_decay=(self.pessimism_decay, 0 <= self.pessimism_decay < 1, "a share in [0, 1)"),
+            lowest_of=(self.lowest_of, self.lowest_of >= 1, "at least 1"),
+            disagreement_bonus=(
+                self.disagreement_bonus,
+                self.disagreement_bonus >= 0,
+                "at least 0 (reward.pessimism pays less)",
+            ),
+            disagreement_decay=(self.disagreement_decay, 0 <= self.disagreement_decay < 1, "a share in [0, 1)"),
+        )
 
     @property
     def compares(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbrl.checks import check
 from pbrl.reward import ACTIVATIONS, RewardEnsemble
 from pbrl.standardise import Standardise
 from pbrl.types import Session
@@ -65,11 +66,17 @@ class DynamicsAwareReward(RewardEnsemble):
         disagreement_bonus: float = 0.0,
         disagreement_decay: float = 1e-5,
     ) -> None:
-        for name, value in (("epochs", epochs), ("max_updates", max_updates), ("embedding", embedding)):
-            if value is not None and value < 1:
-                raise ValueError(f"reward.{name}={value}; expected at least 1")
-        if contrastive_temperature is not None and contrastive_temperature <= 0:
-            raise ValueError(f"reward.contrastive_temperature={contrastive_temperature}; expected above 0, or null")
+        check(
+            "reward",
+            epochs=(epochs, epochs >= 1, "at least 1"),
+            max_updates=(max_updates, max_updates is None or max_updates >= 1, "at least 1, or null"),
+            embedding=(embedding, embedding >= 1, "at least 1"),
+            contrastive_temperature=(
+                contrastive_temperature,
+                contrastive_temperature is None or contrastive_temperature > 0,
+                "above 0, or null",
+            ),
+        )
         super().__init__(
             embedding,
             0,

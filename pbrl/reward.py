@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
+from pbrl.checks import check
 from pbrl.pay import Pay
 from pbrl.standardise import Standardise
 from pbrl.types import Segments, Session
@@ -98,21 +99,16 @@ class RewardEnsemble(nn.Module):
         disagreement_decay: float = 1e-5,
     ) -> None:
         super().__init__()
-        if members < max(lowest_of, 1):
-            raise ValueError(f"reward.members={members}; expected at least {max(lowest_of, 1)}")
-        if min(hidden, default=1) < 1:
-            raise ValueError(f"reward.hidden={list(hidden)}; expected widths of at least 1")
-        if not learning_rate > 0:
-            raise ValueError(f"reward.learning_rate={learning_rate}; expected a positive number")
+        check(
+            "reward",
+            members=(members, members >= max(lowest_of, 1), f"at least {max(lowest_of, 1)}"),
+            hidden=(list(hidden), min(hidden, default=1) >= 1, "widths of at least 1"),
+            learning_rate=(learning_rate, learning_rate > 0, "a positive number"),
+            activation=(activation, activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+            output=(output, output in OUTPUTS, f"one of {', '.join(OUTPUTS)}"),
+            precision=(precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        )
         self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
-        choices: list[tuple[str, str, Iterable[str]]] = [
-            ("activation", activation, ACTIVATIONS),
-            ("output", output, OUTPUTS),
-            ("precision", precision, PRECISIONS),
-        ]
-        for name, value, known in choices:
-            if value not in known:
-                raise ValueError(f"reward.{name}={value}; expected one of {', '.join(known)}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.members = nn.ModuleList(

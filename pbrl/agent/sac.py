@@ -34,6 +34,7 @@ from torch import Tensor
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.agent.networks import PreferencePolicy, Standardised, initialise, lowest, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
+from pbrl.checks import check
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 
@@ -588,34 +589,32 @@ def make_agent(
     Raises:
         ValueError: for a number out of range.
     """
-    for name, value, good, expected in (
-        ("learning_rate", learning_rate, learning_rate > 0, "a positive number"),
-        ("temperature_lr", temperature_lr, temperature_lr > 0, "a positive number"),
-        ("initial_temperature", initial_temperature, initial_temperature > 0, "a positive number"),
-        ("net_arch", net_arch, min(net_arch, default=1) >= 1, "widths of at least 1"),
-        ("buffer_size", buffer_size, buffer_size >= 1, "at least 1"),
-        ("learning_starts", learning_starts, learning_starts >= 0, "at least 0"),
-        ("batch_size", batch_size, batch_size > 0, "at least 1"),
-        ("gradient_steps", gradient_steps, gradient_steps >= 1, "at least 1"),
-        ("gamma", gamma, 0 < gamma < 1, "a number above 0 and below 1"),
-        ("tau", tau, 0 < tau <= 1, "a number above 0, at most 1"),
-        ("target_update_interval", target_update_interval, target_update_interval >= 1, "at least 1"),
-        ("hybrid_ratio", hybrid_ratio, 0 <= hybrid_ratio <= 1, "a share in [0, 1]"),
-        ("hybrid_steps", hybrid_steps, hybrid_steps > 0, "at least 1"),
-        ("blocks", blocks, blocks >= 0, "at least 0"),
-        ("critics", critics, critics in (1, 2), "1 or 2"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-        ("n_steps", n_steps, n_steps >= 1, "at least 1"),
-        ("relabel_updates", relabel_updates, relabel_updates >= 0, "at least 0"),
-        (
-            "log_std_range",
+    check(
+        "agent",
+        learning_rate=(learning_rate, learning_rate > 0, "a positive number"),
+        temperature_lr=(temperature_lr, temperature_lr > 0, "a positive number"),
+        initial_temperature=(initial_temperature, initial_temperature > 0, "a positive number"),
+        net_arch=(net_arch, min(net_arch, default=1) >= 1, "widths of at least 1"),
+        buffer_size=(buffer_size, buffer_size >= 1, "at least 1"),
+        learning_starts=(learning_starts, learning_starts >= 0, "at least 0"),
+        batch_size=(batch_size, batch_size > 0, "at least 1"),
+        gradient_steps=(gradient_steps, gradient_steps >= 1, "at least 1"),
+        gamma=(gamma, 0 < gamma < 1, "a number above 0 and below 1"),
+        tau=(tau, 0 < tau <= 1, "a number above 0, at most 1"),
+        target_update_interval=(target_update_interval, target_update_interval >= 1, "at least 1"),
+        hybrid_ratio=(hybrid_ratio, 0 <= hybrid_ratio <= 1, "a share in [0, 1]"),
+        hybrid_steps=(hybrid_steps, hybrid_steps > 0, "at least 1"),
+        blocks=(blocks, blocks >= 0, "at least 0"),
+        critics=(critics, critics in (1, 2), "1 or 2"),
+        weight_decay=(weight_decay, weight_decay >= 0, "at least 0"),
+        n_steps=(n_steps, n_steps >= 1, "at least 1"),
+        relabel_updates=(relabel_updates, relabel_updates >= 0, "at least 0"),
+        log_std_range=(
             log_std_range,
             log_std_range is None or log_std_range[0] < log_std_range[1],
             "the smaller number first, or null",
         ),
-    ):
-        if not good:
-            raise ValueError(f"agent.{name}={value}; expected {expected}")
+    )
     if blocks and len(net_arch) != 1:
         raise ValueError(f"agent.net_arch={list(net_arch)}: with agent.blocks expected one width, such as [256]")
     agent = PreferenceSAC(

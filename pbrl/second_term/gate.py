@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pbrl.checks import check
+
 
 @dataclass
 class Gate:
@@ -33,9 +35,11 @@ class Gate:
     evidence: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("error", "stake"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"gate.{name}={getattr(self, name)}; expected a number between 0 and 1")
+        check(
+            "gate",
+            error=(self.error, 0 < self.error < 1, "a number between 0 and 1"),
+            stake=(self.stake, 0 < self.stake < 1, "a number between 0 and 1"),
+        )
 
     def observe(self, cosine: float) -> bool:
         """Take in this update's split-half cosine; whether the gate is open now.

@@ -25,6 +25,7 @@ from pbrl.bilevel.surrogates import (
     paper_curvature,
     value_surrogate,
 )
+from pbrl.checks import check
 from pbrl.second_term.fresh import PARTS, Trajectories
 from pbrl.second_term.guard import Estimate, WeightedRows
 from pbrl.types import Params, PolicyView
@@ -76,17 +77,21 @@ class Implicit:
     actions: int = 4
 
     def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"implicit.estimator={self.estimator}; expected one of {', '.join(ESTIMATORS)}")
-        for name in ("trajectory_length", "max_iter", "states", "branches", "rows", "actions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"implicit.{name}={getattr(self, name)}; expected at least 1")
-        if self.compare not in COMPARED:
-            raise ValueError(f"implicit.compare={self.compare}; expected one of {', '.join(COMPARED)}")
-        if self.ridge < 0:
-            raise ValueError(f"implicit.ridge={self.ridge}; expected at least 0")
-        if self.damping < 0 or self.tol <= 0 or not 0 < self.trace_decay <= 1:
-            raise ValueError(f"{self}: expected damping ≥ 0, tol > 0 and trace_decay in (0, 1]")
+        check(
+            "implicit",
+            estimator=(self.estimator, self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
+            trajectory_length=(self.trajectory_length, self.trajectory_length >= 1, "at least 1"),
+            max_iter=(self.max_iter, self.max_iter >= 1, "at least 1"),
+            states=(self.states, self.states >= 1, "at least 1"),
+            branches=(self.branches, self.branches >= 1, "at least 1"),
+            rows=(self.rows, self.rows >= 1, "at least 1"),
+            actions=(self.actions, self.actions >= 1, "at least 1"),
+            compare=(self.compare, self.compare in COMPARED, f"one of {', '.join(COMPARED)}"),
+            ridge=(self.ridge, self.ridge >= 0, "at least 0"),
+            damping=(self.damping, self.damping >= 0, "at least 0"),
+            tol=(self.tol, self.tol > 0, "a positive number"),
+            trace_decay=(self.trace_decay, 0 < self.trace_decay <= 1, "a number above 0, at most 1"),
+        )
 
 
 def implicit_term(

@@ -17,6 +17,7 @@ from torch import Tensor
 from pbrl.bilevel.params import leaves
 from pbrl.bilevel.penalty import normalized_ascent
 from pbrl.bilevel.surrogates import discounted_weights
+from pbrl.checks import check
 from pbrl.second_term.fresh import Trajectories
 from pbrl.second_term.guard import WeightedRows
 from pbrl.types import Params, PolicyView, Session
@@ -48,11 +49,14 @@ class Walk:
     rollout_steps: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "states", "trajectory_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"walk.{name}={getattr(self, name)}; expected at least 1")
-        if self.scale <= 0 or self.rollout_steps < 4:
-            raise ValueError(f"{self}: expected scale > 0 and rollout_steps ≥ 4")
+        check(
+            "walk",
+            steps=(self.steps, self.steps >= 1, "at least 1"),
+            states=(self.states, self.states >= 1, "at least 1"),
+            trajectory_length=(self.trajectory_length, self.trajectory_length >= 1, "at least 1"),
+            scale=(self.scale, self.scale > 0, "a positive number"),
+            rollout_steps=(self.rollout_steps, self.rollout_steps >= 4, "at least 4"),
+        )
 
 
 Draws = list[tuple[Tensor, Tensor]]  # replay states [B, obs_dim] and action noise [B, act_dim] of each step of a walk
