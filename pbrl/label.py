@@ -48,6 +48,12 @@ def environment(source: Path, name: str | None, stored: Preferences, trust: Sequ
     return dict(OmegaConf.to_container(OmegaConf.load(CONF / "env" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
+def words(env: dict[str, Any]) -> str | None:
+    """What `teacher=human` says that the robot should do in this environment."""
+    teacher = OmegaConf.load(CONF / "teacher" / "human.yaml")
+    return OmegaConf.create({"env": env, "teacher": teacher}).teacher.task
+
+
 def questions(stored: Preferences) -> Query:
     """The stored pairs as a query, without labels and without task rewards.
 
@@ -77,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pbrl.label", description="Label pairs without training.")
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run directory, or preferences (.npz)")
     parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: labels.npz beside the source)")
-    parser.add_argument("--task", default="the task", help="what the robot should do, in words")
+    parser.add_argument("--task", help="what the robot should do, in words (default: those of teacher=human)")
     parser.add_argument("--env", help="option of the environment, if the file does not name it")
     parser.add_argument("--reviews", type=int, default=1, help="answers by different people per pair")
     parser.add_argument("--repeats", type=float, default=0.05, help="share of answers asked again, sides swapped")
@@ -95,8 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
         env = environment(given.source, given.env, stored, given.trust)
         teacher = HumanTeacher(
-            env, given.task, reviews=given.reviews, repeats=given.repeats, host=given.host, port=given.port
+            env,
+            given.task or words(env),
+            reviews=given.reviews,
+            repeats=given.repeats,
+            host=given.host,
+            port=given.port,
         )
+        teacher.trains = False
         teacher.open(out.parent, stored.length, out.name + ".sqlite3")
     except (OSError, ValueError) as error:
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)

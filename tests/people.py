@@ -165,8 +165,8 @@ class AnsweredPage:
         self.link = f"http://127.0.0.1:{self.port}/#0123456789abcdef"
         chosen = {**settings, "token": "0123456789abcdef", "draw": False}
         clips = server.Clips(self.store, settings["env"], settings["size"], False)
-        app = server.Labelling(chosen, self.store, clips, server.own_hosts("127.0.0.1", self.port))
-        self._server = server.web_server(app)
+        self.app = server.Labelling(chosen, self.store, clips, server.own_hosts("127.0.0.1", self.port))
+        self._server = server.web_server(self.app)
         self._left = threading.Event()
         self._threads = [
             threading.Thread(target=self._server.run, kwargs={"sockets": [bound]}),

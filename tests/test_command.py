@@ -177,6 +177,7 @@ def test_wrong_flags_are_one_line_and_overrides_may_stand_around_flags() -> None
 def test_a_sweep_with_a_wrong_member_starts_none() -> None:
     assert "did you mean teacher.tolerance?" not in refused("-m", "teacher=oracle,mistake", "teacher.mistke=0.2,0.3")
     assert "seed=-1; expected at least 0" in refused("-m", "seed=0,-1")
+    assert "start the runs one by one" in refused("-m", "env=pointmass", "seed=0,1", "teacher=human")
     assert "updater option pebbel does not exist" in refused("-m", "updater=pebble,pebbel", "seed=range(40)")
     assert "env=pointmass,door-open names several values; add -m" in refused("env=pointmass,door-open")
 

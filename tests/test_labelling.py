@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from pbrl.asking import AnswerJournal, ask
 from pbrl.labelling import drawing, server
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import LabelStore, Pair, Refused, Shown, Taken
-from pbrl.labelling.teacher import HumanTeacher, pair_keys
+from pbrl.labelling.teacher import HumanTeacher, pair_keys, pairs
 from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
@@ -267,6 +268,29 @@ def test_clips_show_both_motions_and_are_never_black(tmp_path: Path) -> None:
     assert np.abs(left - right).mean() < 6, "swapped"
 
 
+def test_the_end_comes_in_the_middle_of_a_clip(tmp_path: Path) -> None:
+    query = recorded(1)
+    clips = pairs(query)[0].clips
+    process = drawing.Process({"_target_": "envs.pointmass.PointMass"}, 64)
+    refused: list[str] = []
+
+    def draw() -> None:
+        try:
+            while True:
+                process.film(clips)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=draw) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)  # the first of them starts the process
+    process.stop()
+    for thread in threads:
+        thread.join(20)
+    assert refused == ["no more clips are drawn"] * 3
+
+
 def test_short_segments_are_slowed_down() -> None:
     assert drawing.timing(50, 0.0125) == (0.625, drawing.SHORTEST)
     assert drawing.timing(100, 0.025) == (2.5, 2.5)
@@ -321,7 +345,7 @@ def settings(path: Path, **changed: Any) -> dict[str, Any]:
 class Client:
     """Speaks to a server as the page does, and as it does not."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service | AnsweredPage) -> None:
         self.port, self.token = service.port, service.link.rpartition("#")[2]
 
     def request(
@@ -425,6 +449,19 @@ def test_floods_and_broken_connections_leave_it_standing(served: tuple[Client, L
     codes = [client.request("POST", "/api/state", {"rater": "you"}, {"Authorization": ""})[0] for _ in range(400)]
     assert codes.count(403) >= 200 and set(codes) <= {403, 429}
     wait_for(lambda: client.request("POST", "/api/state", {"rater": "you"})[0] == 200, 10)
+
+
+def test_a_flood_without_the_token_keeps_nobody_out(tmp_path: Path) -> None:
+    make_store(tmp_path, 0).close()
+    page = AnsweredPage(settings(tmp_path / "labels.sqlite3"))
+    page.app.strangers = server.Bucket(0.0, 3.0)
+    try:
+        client = Client(page)
+        codes = [client.request("GET", "/api/robot", None, {"Authorization": "Bearer guess"})[0] for _ in range(5)]
+        assert codes == [403, 403, 403, 429, 429]
+        assert client.request("POST", "/api/state", {"rater": "you"})[0] == 200
+    finally:
+        page.close()
 
 
 def test_connections_without_a_whole_request_do_not_keep_people_out(served: tuple[Client, LabelStore]) -> None:

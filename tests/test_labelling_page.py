@@ -121,6 +121,21 @@ def test_a_wrong_token_is_said_on_the_page(teacher: HumanTeacher, chromium: Any,
     assert not person.page.is_visible("#ask")
 
 
+def test_nobody_judges_what_he_cannot_see(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    chromium.route("**/api/clip?number=1&*", lambda route: route.fulfill(status=500, body="a clip cannot be drawn"))
+    chromium.route("**/api/clip?number=2&*", lambda route: route.fulfill(content_type="video/mp4", body="no film"))
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    for what, number in (("cannot be drawn", 1), ("cannot play", 2)):
+        wait_for(lambda what=what: what in person.page.inner_text("#notice"))
+        for key in ("ArrowLeft", "ArrowUp", "ArrowRight"):
+            person.press(key)
+        assert len(answers(tmp_path)) == number - 1
+        person.press("ArrowDown")
+        assert answers(tmp_path)[-1] == (number, "you", None, 0)
+    assert person.question()["number"] == 3
+    assert not person.page.is_visible("#notice")
+
+
 def test_a_run_taught_by_key_presses_learns(chromium: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = Command(

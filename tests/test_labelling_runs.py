@@ -16,6 +16,7 @@ import pytest
 from experiments.faults.people import ask_page
 from pbrl.labelling import teacher as teacher_module
 from pbrl.labelling.store import FILE_NAME, LabelStore
+from pbrl.launch.configuration import options
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
 from pbrl.preferences import main as preferences_main
@@ -234,6 +235,18 @@ def test_shipped_settings_for_people_compose() -> None:
         assert choices["teacher"] == "human" and cfg.teacher.task and choices["query"] == "distinct"
 
 
+@pytest.mark.parametrize(
+    "env", [name for name in options("env") if name not in ("metaworld", "dm_control", "gymnasium")]
+)
+def test_each_shipped_task_has_its_words(env: str) -> None:
+    assert len(config(f"env={env}", "teacher=human")[0].teacher.task.split()) >= 2
+
+
+def test_a_page_without_words_says_so(tmp_path: Path, no_page: None, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_loop(tmp_path / "run", *HUMAN[:1], "teacher.task=null").release()
+    assert "teacher.task=" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path, tmp_path: Path, folder: bool) -> None:
@@ -249,6 +262,8 @@ def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path,
             page = ask_page(command.link())
             for i in range(stop_after):
                 state = wait_for(lambda page=page: (s := page("state"))["question"] and s, 60)
+                assert state["task"] == "bring the blue point into the green circle"
+                assert state["training"]["phase"] in ("starting", "labelling"), "nothing trains"
                 label = None if i == 2 else 0.5
                 page("answer", answer=f"{stop_after}-{i}", **state["question"], label=label, seconds=1.0)
             if stop_after == 6:

@@ -22,6 +22,7 @@ SHORTEST = 1.5  # seconds that a clip lasts at least: shorter segments are slowe
 FPS = 20  # pictures per second of a clip
 HOLD = 0.4  # seconds for which the last picture stands, so that the end is seen
 GAP = 16  # pixels, white, between the two clips
+LAST = 3.0  # seconds for a clip that is being drawn when all ends
 LARGEST = 8_000_000  # bytes of what a question keeps
 
 
@@ -61,7 +62,8 @@ class Process:
 
     def __init__(self, env: Mapping[str, Any], size: int, yields: bool = True) -> None:
         self.env, self.size, self.yields = dict(env), size, yields
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # whoever holds it starts the process, speaks with it or ends it
+        self._stopped = False
         self._process: Any = None
         self._pipe: Any = None
 
@@ -73,8 +75,9 @@ class Process:
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, self.env, self.size, self.yields), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(other, self.env, self.size, self.yields), daemon=True)
+        process.start()
+        self._process = process
         other.close()
         return self._receive()
 
@@ -82,20 +85,22 @@ class Process:
         """See `film`.
 
         Raises:
-            RuntimeError: if it cannot be drawn.
+            RuntimeError: if it cannot be drawn, or after `stop`.
         """
         with self._lock:
             for attempt in (1, 2):
+                if self._stopped:
+                    break
                 try:
                     if self._process is None:
                         self.start()
                     self._pipe.send((clips, swapped))
                     return self._receive()
                 except (EOFError, OSError):  # it was killed
-                    self.stop()
+                    self._end()
                     if attempt == 2:
                         raise RuntimeError("the process that draws clips ends by itself") from None
-        raise AssertionError
+        raise RuntimeError("no more clips are drawn")
 
     def _receive(self) -> Any:
         drawn, result = self._pipe.recv()
@@ -104,10 +109,21 @@ class Process:
         return result
 
     def stop(self) -> None:
-        """End it."""
+        """End it for good: after the clip that it is drawing, if that takes no longer than it may."""
+        self._stopped = True
+        if not self._lock.acquire(timeout=LAST):
+            if self._process is not None:
+                self._process.kill()
+            self._lock.acquire()
+        try:
+            self._end()
+        finally:
+            self._lock.release()
+
+    def _end(self) -> None:
         if self._process is not None:
-            self._pipe.close()  # it ends after the clip that it is drawing
-            self._process.join(3)
+            self._pipe.close()
+            self._process.join(LAST)
             self._process.kill()
             self._process.join()
             self._process = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ class HumanTeacher(Teacher):
 
     Args:
         env: config of the environment in which clips are drawn, a table; the drawing process makes it.
-        task: what the robot should do, in words.
+        task: what the robot should do, in words; None: the page says no more than "the task".
         wait: training pauses until a session's pairs are answered; else it goes on and answers are taken in at the
             next session.
         reviews: answers by different people per pair; the label is their mean.
@@ -44,11 +45,13 @@ class HumanTeacher(Teacher):
     durable = True  # answers are on the disk one by one: no second journal is kept of them
     needs_states = True
     takes_configs = True  # `env` is not made in this process
+    shows_link = True
+    trains = True  # something trains on the answers; False: people label what is stored
 
     def __init__(
         self,
         env: Any,
-        task: str,
+        task: str | None = None,
         wait: bool = True,
         reviews: int = 1,
         lease: float = 120.0,
@@ -68,10 +71,12 @@ class HumanTeacher(Teacher):
                 f"reviews={reviews}, lease={lease}, repeats={repeats}: expected at least 1 answer a pair, a positive "
                 "number of seconds and a share in [0, 1)"
             )
-        self.env, self.task, self.wait, self.undo_seconds = dict(env), task, wait, undo_seconds
+        self.env, self.wait, self.undo_seconds = dict(env), wait, undo_seconds
+        self.task = task or "the task"
+        self._untold = not task
         self.reviews, self.lease, self.repeats = reviews, lease, repeats
         self.host, self.port, self.size = host, port, size
-        self.step = 0  # of training, as last heard
+        self.step = self.asked = 0  # of training, as last heard
         self.sessions = 0
         self._told = 0.0
         self._pace: tuple[float, int] | None = None  # moment and step of the last line, to tell how long it will take
@@ -110,16 +115,19 @@ class HumanTeacher(Teacher):
         """Print where the page is."""
         service = self._open()[1]
         print(f"teach the robot at {service.link}   (several people: add ?rater=NAME before the #)")
+        if self._untold:
+            print('the page does not say what the robot should do: teacher.task="…" does')
         if self.host not in ("127.0.0.1", "::1", "localhost"):
             print(
-                f"teacher.host={self.host}: others can reach this page, unencrypted; only who has the link's token can "
-                "answer"
+                f"teacher.host={self.host}: others can reach this page, as {socket.gethostname()} or by this machine's "
+                "address in place of 127.0.0.1, unencrypted; only who has the link's token can answer"
             )
 
     def close(self, complete: bool) -> None:
         """End the server; a finished run's page says so."""
         if self._service is not None:
-            self._service.tell(status={"phase": "finished" if complete else "stopped"})
+            ended = "finished" if self.trains else "labelled"
+            self._service.tell(status={"phase": ended if complete else "stopped"})
             self._service.close()
             self._service = None
         if self._store is not None:
@@ -134,6 +142,7 @@ class HumanTeacher(Teacher):
     def watch(self, row: Mapping[str, Any]) -> None:
         """Hear what training does (a row of metrics, or a part of one) and show it; also keeps the server alive."""
         self.step = int(row.get("env_step", self.step))
+        self.asked = int(row.get("feedback/asked", self.asked))
         if self._service is None:
             return
         if "feedback/session" in row:
@@ -153,7 +162,7 @@ class HumanTeacher(Teacher):
         status = {name: row[key] for key, name in names.items() if key in row}
         if "total_steps" in row:
             status |= self._left(row["total_steps"])
-        self._service.tell(status={"phase": "training", **status})
+        self._service.tell(status={"phase": "training" if self.trains else "labelling", **status})
 
     def _left(self, total: int) -> dict[str, float]:
         """Seconds of training left, by the pace since the last line."""
@@ -185,7 +194,7 @@ class HumanTeacher(Teacher):
             time.sleep(LOOK)
             service.keep_alive()
         self._pace = None  # thinking is not training
-        service.tell(status={"phase": "training"})
+        service.tell(status={"phase": "training", "asked": self.asked + len(query)})
         return _answer(taken)
 
     def post(self, query: Query) -> None:

@@ -69,6 +69,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             if cfg.get("resume") is None:  # the config of a resumed run is the stored one
                 check(cfg, complete=flags.cfg is None and flags.info is None)
                 _check_asked(cfg, given)
+                _check_seen(cfg, many)
     if many:
         swept = [f"'{override.key_or_group}'" for override in given if override.is_sweep_override()]
         overrides.append(f"hydra.callbacks.summary.swept=[{','.join(swept)}]")
@@ -133,6 +134,15 @@ def _check_asked(cfg: DictConfig, given: Sequence[Override]) -> None:
                 f"{override.input_line} has no effect: {updater.__name__} asks nobody, its agent is paid the task's "
                 "own reward; leave it out, or choose another updater"
             )
+
+
+def _check_seen(cfg: DictConfig, many: bool) -> None:
+    """A sweep's runs write into files: nobody would see the link of a page, and its token would lie there."""
+    if many and getattr(find_target("teacher", cfg.teacher._target_), "shows_link", False):
+        raise ConfigError(
+            f"teacher._target_={cfg.teacher._target_} prints a link for the person at the terminal, and a sweep's runs "
+            "print into log.txt; leave out -m, and start the runs one by one"
+        )
 
 
 def rewrite(overrides: Sequence[Override]) -> list[str]:

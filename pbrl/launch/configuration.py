@@ -81,7 +81,8 @@ def register_resolvers() -> None:
 
     def by_task(values: Mapping[str, Any], default: Any, *, _root_: DictConfig) -> Any:
         env = _root_.env
-        names = [str(env.get("task")), f"{env.get('domain')}-{env.get('task')}"]
+        kind = str(env.get("_target_")).rpartition(".")[2]
+        names = [str(env.get("task")), f"{env.get('domain')}-{env.get('task')}", kind]
         return _node(next((values[name] for name in names if name in values), default))
 
     def at_least(value: Any, bound: float) -> bool:

@@ -6,11 +6,13 @@ const rater = new URLSearchParams(location.search).get("rater") || "you";
 const at = (id) => document.getElementById(id);
 const TITLE = document.title;
 const LABELS = { left: 1, right: 0, equal: 0.5, skip: null };
+const ENDED = { finished: "Training has finished. Thank you.", labelled: "Everything is answered. Thank you." };
 const SPEEDS = { speed1: 0.5, speed2: 1, speed3: 2 };
 
 let state = null; // what the server said last
 let shown = null; // the question on the screen: {number, repeat}
-let visibleSince = null; // when its clip began to play; null: it is not drawn yet
+let visibleSince = null; // when its clip began to play; null: it cannot be seen yet
+let unseen = false; // its clip cannot be had: it may be skipped, nothing else
 let busy = false; // an answer is on its way
 let robotShown = null;
 let paused = false;
@@ -47,7 +49,7 @@ async function ask(path, body) {
     } catch (error) {
       if (!(error instanceof TypeError)) throw error; // no connection
     }
-    notice(state && state.training.phase === "finished" ? "Training has finished. Thank you." :
+    notice(state && state.training.phase in ENDED ? "" :
       "No connection to the run. If it was stopped, go on with it and open the link that it prints; " +
       "this page tries again by itself.");
     await new Promise((done) => setTimeout(done, Math.min(250 * 2 ** attempt, 2000)));
@@ -109,30 +111,40 @@ function take(next) {
 async function show(question) {
   shown = question;
   visibleSince = null;
+  unseen = false;
   const video = at("clip");
   video.pause();
   at("clips").classList.add("changing");
   document.querySelectorAll(".chosen").forEach((item) => item.classList.remove("chosen"));
   if (question === null) return;
-  const url = await clip(`api/clip?number=${question.number}&repeat=${question.repeat}`);
-  if (shown !== question) { // answered meanwhile in another tab
-    if (url) URL.revokeObjectURL(url);
-    return;
+  while (shown === question) { // else answered meanwhile in another tab
+    const url = await clip(`api/clip?number=${question.number}&repeat=${question.repeat}`);
+    if (shown !== question) {
+      if (url) URL.revokeObjectURL(url);
+      return;
+    }
+    if (url && await play(video, url)) break;
+    if (url) notice("This browser cannot play the clips (MP4, H.264): open the link in another one.");
+    unseen = true;
+    await new Promise((done) => setTimeout(done, 5000));
   }
-  if (url) await play(video, url);
   if (shown !== question) return;
+  if (unseen) notice("");
   at("clips").classList.remove("changing");
   visibleSince = performance.now();
 }
 
+// Whether this browser can play it.
 async function play(video, url) {
   if (video.src) URL.revokeObjectURL(video.src);
   video.src = url;
   video.playbackRate = video.defaultPlaybackRate = speed;
-  await new Promise((done) => {
-    video.onloadeddata = video.onerror = done;
+  const loaded = await new Promise((done) => {
+    video.onloadeddata = () => done(true);
+    video.onerror = () => done(false);
   });
   if (!paused) video.play().catch(() => {}); // a browser that forbids it shows the first picture
+  return loaded;
 }
 
 function foot() {
@@ -159,17 +171,17 @@ function foot() {
 function idle() {
   const { training, open, complete } = state;
   const others = open > complete;
-  const finished = training.phase === "finished";
-  at("doing").textContent = finished ? "Training has finished. Thank you." :
-    training.phase === "labelling" ? "Everything is answered. Thank you." :
+  const ended = ENDED[training.phase];
+  at("doing").textContent = ended ? ended :
     others ? "Waiting for the other people's answers." :
+    training.phase === "labelling" ? ENDED.labelled :
     open > 0 && state.wait ? "All answered: training goes on in a moment." :
     open > 0 ? "All answered. The robot is practising; new questions come by themselves." : "The robot is practising.";
   at("trained").hidden = training.total === undefined;
   if (training.total !== undefined && training.step !== undefined) {
     at("trained").value = training.step / training.total;
     at("steps").textContent = `step ${number(training.step)} of ${number(training.total)}` +
-      (training.eta !== undefined && !finished ? `, about ${minutes(training.eta)} of training left` : "") +
+      (training.eta !== undefined && !ended ? `, about ${minutes(training.eta)} of training left` : "") +
       (training.return !== undefined ? ` · last return ${training.return.toFixed(1)}` : "");
   }
   if (training.robot !== null && training.robot !== robotShown) {
@@ -264,10 +276,10 @@ async function act(what) {
   if (what === "undo") {
     if (state.undo === null) return;
     await send("api/undo", { answer: state.undo });
-  } else if (shown !== null && visibleSince !== null) { // nobody judges what he has not seen
+  } else if (shown !== null && (visibleSince !== null || (unseen && what === "skip"))) { // nobody judges what he has not seen
     document.querySelectorAll(`[data-do=${what}]`).forEach((item) => item.classList.add("chosen"));
     await send("api/answer", { answer: name(), ...shown, label: LABELS[what],
-      seconds: (performance.now() - visibleSince) / 1000 });
+      seconds: visibleSince === null ? 0 : (performance.now() - visibleSince) / 1000 });
   }
 }
 
