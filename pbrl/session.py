@@ -37,7 +37,6 @@ class AgentSession:
     def begin(self) -> None:
         """A new session: nothing is fresh yet."""
         self.fresh_from = self.fresh_to = self.rollouts.total
-        self.new_pairs = self.fresh_pairs = 0
 
     @property
     def env_step(self) -> int:
