@@ -82,6 +82,19 @@ def campaign() -> Table:
     return table
 
 
+def agents() -> Table:
+    """walker-walk by control steps: return of each run, whatever an action's length."""
+    steps = range(0, 100_001, 10_000)
+    table = [["run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
+    for run in find_runs([STORED / "agent" / "walker-walk"]):
+        at, values = run.series("eval/return")
+        at = at * int(run.setting("env.action_repeat") or 1)
+        found = dict(zip(at, values, strict=True))
+        cells = [f"{found[step]:.0f}" if step in found else "–" for step in steps]
+        table.append([f"`{Path(run.source).name}`", *cells, f"{area_under_curve(at, values):.0f}"])
+    return table
+
+
 def fp32_differences() -> Table:
     """A-PARL against PEBBLE with the same fitting, in fp32: Welch's interval and the seeds' ranks."""
     methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
@@ -313,6 +326,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "fp32": fp32,
     "evidence": evidence,
     "campaign": campaign,
+    "agents": agents,
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
