@@ -21,6 +21,7 @@ from pbrl.files import open_in_place, write_all
 from pbrl.interfaces import name_of
 from pbrl.types import Answer, Query, Teacher
 
+JOURNAL_BYTES = 2**30  # that are read
 ROOM, ROOM_PER_PAIR = 16_384, 64  # bytes of a line: key and teacher's state; one label
 
 
@@ -52,7 +53,7 @@ def ask(
     while asked < len(query) and (known := journal.recall(query[asked:]) or journal.recall(query[asked : asked + 1])):
         piece, state = known
         if state is not None:
-            teacher.load_state_dict(state)
+            _take_over(teacher, state, journal, name)
         pieces.append(piece)
         asked += len(piece)
     try:
@@ -81,6 +82,13 @@ def _ask(
                 pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
                 _write_down(teacher, one, pieces[-1], journal, name)
     return _joined(pieces)
+
+
+def _take_over(teacher: Teacher, state: dict[str, Any], journal: AnswerJournal, name: str) -> None:
+    try:
+        teacher.load_state_dict(state)
+    except Exception as error:  # whatever a user's own part raises
+        raise TeacherError(f"teacher {name} cannot go on from its state in {journal.path}: {error}") from error
 
 
 def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal, name: str) -> None:
@@ -194,8 +202,11 @@ class AnswerJournal:
             entry = self._entries[index]
             if entry["query"] == key:
                 self.position = index + 1
-                labels = torch.tensor(entry["prefers_first"], dtype=torch.float32)
-                answer = Answer(labels, torch.tensor(entry["given"], dtype=torch.bool))
+                try:
+                    labels = torch.tensor(entry["prefers_first"], dtype=torch.float32)
+                    answer = Answer(labels, torch.tensor(entry["given"], dtype=torch.bool))
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise TeacherError(f"{self.path}: line {index + 1} holds no answer: {error}") from error
                 check_answer(answer, query, f"recorded in {self.path}")
                 return answer, entry["teacher"]
         return None
@@ -237,7 +248,9 @@ class AnswerJournal:
 
 def _intact_lines(file: BinaryIO) -> list[dict[str, Any]]:
     """The journal's entries; a torn last line is removed from the file."""
-    content = file.read()
+    content = file.read(JOURNAL_BYTES + 1)
+    if len(content) > JOURNAL_BYTES:
+        raise ValueError(f"{file.name} has more than {JOURNAL_BYTES} bytes")
     entries, intact = [], 0
     for line in io.BytesIO(content):
         entry = _entry(line)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.episodes import play
@@ -127,8 +126,8 @@ def _report(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, options: arg
     print(f"  true return   {returns.mean():.1f} ± {spread:.1f} (standard error)")
     if results[0][1] is not None:
         print(f"  success       {np.mean([bool(success) for _, success in results]):.0%}")
-    cfg = OmegaConf.load(options.run / "config.yaml")
-    if cfg.choices.get("updater") != "oracle":
+    cfg, choices = read_config(options.run, options.trust, PARTS)
+    if choices.get("updater") != "oracle":
         correlation = agreement(agent, env, reward, options.seed, cfg.segment_length)
         print(f"  learned reward and true return of one episode's segments: rank correlation {correlation:.2f}")
     if options.video is not None:

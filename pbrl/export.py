@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from pbrl.agent.stock import stock_sac
 from pbrl.comparing.report import save_figure
-from pbrl.comparing.runs import ComparisonError, Run, read_run, shown
+from pbrl.comparing.runs import Run, read_run, shown
 from pbrl.evaluate import FRESH_SEED, load_parts, record
-from pbrl.launch.configuration import ConfigError
+from pbrl.files import TEXT_BYTES, read_bounded
 from pbrl.records.checkpoint import CheckpointError
 from pbrl.records.evaluation import act, episode
 from pbrl.reward import Layers
@@ -282,16 +282,16 @@ def card(run: Run, run_dir: Path, measured: Measured, step: int, film: bool) -> 
 
 def _plain(value: Any) -> str:
     """A text of the run without what Markdown, YAML or HTML would read as their own."""
-    return "".join("'" if letter in '`"|<>{}[]' else letter for letter in shown(value))
+    return "".join("'" if letter in '`"|<>{}[]\\' else letter for letter in shown(value))
 
 
 def _words(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
+    return read_bounded(path, TEXT_BYTES).decode(errors="replace").split() if path.is_file() else []
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bounded(path, TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--episodes {options.episodes}: expected at least 1")
     try:
         notes = export(options.run, options.to, options.episodes, not options.no_film, options.trust)
-    except (ConfigError, CheckpointError, ComparisonError, ExportError, OSError) as error:
+    except (CheckpointError, ExportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for note in notes:

@@ -23,6 +23,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+TEXT_BYTES = 2**20  # of a small text file: a thousand times what it holds
 YAML_BYTES = 262_144  # of a config: forty times a long one
 YAML_DEPTH = 50  # tables within tables
 SHOWN = 300  # characters of a stranger's text in one line on the terminal
@@ -91,7 +92,7 @@ def open_in_place(path: Path, create: bool = True) -> BinaryIO:
         os.close(handle)
         what = "is a second name (hard link) of another file" if stat.S_ISREG(found.st_mode) else "is no regular file"
         raise OSError(f"{path} {what}; nothing is written into it")
-    return os.fdopen(handle, "r+b", buffering=0)
+    return io.FileIO(path, "r+", opener=lambda *_: handle)  # whose name is the path
 
 
 def refuse_foreign(path: Path) -> None:
@@ -168,10 +169,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: one line, if it is too long, repeats parts by reference (which multiply when copied) or is no YAML.
         OSError: if it is no regular file or cannot be read.
     """
-    with open_for_reading(path) as file:
-        content = file.read(YAML_BYTES + 1)
-    if len(content) > YAML_BYTES:
-        raise ValueError(f"it has more than {YAML_BYTES} bytes")
+    content = read_bounded(path, YAML_BYTES)
     try:
         text = content.decode()
         depth = 0
@@ -192,6 +190,19 @@ def open_for_reading(path: Path) -> BinaryIO:
         os.close(handle)
         raise OSError(f"{path} is no regular file")
     return os.fdopen(handle, "rb")
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        ValueError: if it has more. OSError: if it cannot be read.
+    """
+    with open_for_reading(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data
 
 
 def check_archive(file: BinaryIO) -> None:

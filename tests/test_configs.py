@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pbrl.launch.build import build
 from pbrl.launch.command import prepare
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options
+from pbrl.second_term.gate import as_gate, as_limit
 from tests.conftest import config, option
 
 ALL = [(group, name) for group in GROUPS for name in options(group)]
@@ -65,6 +67,21 @@ def test_our_methods_fit_the_answers_alike_and_published_settings_as_published()
     for name in names:
         cfg = config(f"experiment={name}")[0]
         assert cfg.updater.fit == expected | {"epochs": 10 if "metaworld" in cfg.env._target_ else 50}, name
+
+
+@pytest.mark.parametrize(
+    ("task", "aparl", "penalty"),
+    [("walker-walk", 500, 100), ("door-open", 1000, 1000), ("button-press", 10_000, 10_000)],
+)
+def test_the_bilevel_methods_as_printed_have_their_whole_second_term(task: str, aparl: int, penalty: int) -> None:
+    """No gate, no clip, on-policy pairs only, PARL's curvature; agent and fitting are B-Pref's."""
+    expected = config(f"env={task}", "agent=sac-published", "updater=pebble-published")[0]
+    for method, budget in (("aparl", aparl), ("penalty", penalty)):
+        cfg = config(f"experiment={method}-{task}")[0]
+        assert as_gate(cfg.updater.gate) is None and as_limit(cfg.updater.clip) == math.inf
+        assert (cfg.feedback.budget, cfg.feedback.fresh_share) == (budget, 1)
+        assert cfg.agent == expected.agent and cfg.updater.fit == expected.updater.fit
+        assert method == "penalty" or cfg.updater.implicit.estimator == "paper"
 
 
 def defaults(target: Any) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from stable_baselines3 import SAC
 
 import pbrl
 from envs.pointmass import PointMass
+from pbrl.comparing.runs import Run
 from pbrl.evaluate import load_parts
-from pbrl.export import ExportError, MeanPolicy, PaidReward, _require_same, main
+from pbrl.export import ExportError, MeanPolicy, Measured, PaidReward, _require_same, card, main
 from pbrl.launch.configuration import ConfigError
 from pbrl.records.evaluation import act
 from tests.conftest import TINY, finish, tiny_loop
@@ -126,6 +127,13 @@ def test_every_form_of_an_export_acts_the_same(
     for block in blocks(card):
         exec(block, variables)
     assert np.asarray(variables["action"]).shape == (1, 2)
+
+
+def test_a_strangers_texts_do_not_end_the_cards_quotes(tmp_path: Path) -> None:
+    config = {"choices": {"env": "a\\", "updater": '"b: {c}\\'}, "seed": 0}
+    text = card(Run("run", config, [], True), tmp_path, Measured(np.array([1.0, 2.0]), None), 600, film=False)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["model-index"][0]["name"] == "'b: 'c'' on a'"
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from pbrl import compare, evaluate, export, label
 from pbrl.comparing.runs import ComparisonError, find_runs
 from pbrl.labelling import teacher as labelling
+from pbrl.labelling.drawing import unpack
 from pbrl.labelling.store import LabelStore
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError, options
@@ -45,6 +46,7 @@ from tests.hostile import builders
 from tests.hostile.builders import Payload, npz, poison
 
 ROOT = Path(__file__).parents[1]
+HOLE = 2**42  # bytes of a file that takes no room: tar keeps such ones
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -161,7 +163,7 @@ def attacked(run: Path, attack: dict[str, Any], outside: Path, mark: Path) -> No
         poison(run, "run.json", lambda data: json.dumps(json.loads(data) | attack["run"]).encode())
     if "make" in attack:
         getattr(builders, attack["make"])(run, mark)
-    place = next((attack[kind] for kind in ("link", "hard", "pipe") if kind in attack), None)
+    place = next((attack[kind] for kind in ("link", "hard", "pipe", "folder", "hole") if kind in attack), None)
     if place is None:
         return
     path, folder = run / place.rstrip("/"), place.endswith("/")
@@ -173,6 +175,11 @@ def attacked(run: Path, attack: dict[str, Any], outside: Path, mark: Path) -> No
         path.symlink_to(outside / ("folder" if folder else "precious" if "nowhere" not in place else "nowhere"))
     elif "hard" in attack:
         path.hardlink_to(outside / "precious")
+    elif "folder" in attack:
+        path.mkdir()
+    elif "hole" in attack:
+        path.touch()
+        os.truncate(path, HOLE)
     else:
         os.mkfifo(path)
 
@@ -189,7 +196,8 @@ def outcome(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> s
     except (ConfigError, CheckpointError) as error:  # `main` prints them
         line = str(error)
     except SystemExit as error:
-        line = capsys.readouterr().err.strip() if isinstance(error.code, int) else str(error.code)
+        said = capsys.readouterr().err.strip() if isinstance(error.code, int) else str(error.code)
+        line = next((line for line in said.splitlines() if line.startswith("error at step")), said)
     else:
         line = capsys.readouterr().err.strip() if code in (1, 2) else ""
         if not line:
@@ -341,6 +349,45 @@ def test_an_own_part_is_called_when_it_is_trusted(stored: Path) -> None:
     with pytest.raises(ConfigError, match=r"trust=\[tests.test_resume\]"):
         resume(stored)
     assert read_config(stored, ["tests.test_resume"])[0].teacher._target_ == "tests.test_resume.GlobalTeacher"
+
+
+@pytest.mark.parametrize(
+    ("trust", "url"),
+    [
+        ("http://judge.org", "http://judge.org.evil.com/"),
+        ("http://judge.org", "http://judge.org:x@evil.com/"),
+        ("http", "http://evil.com/"),
+    ],
+)
+def test_trust_in_one_address_is_no_trust_in_those_that_begin_alike(stored: Path, trust: str, url: str) -> None:
+    edit(stored, teacher={"_target_": "teachers.http.HTTPTeacher", "url": url})
+    with pytest.raises(ConfigError, match="is outside"):
+        read_config(stored, [trust])
+    assert read_config(stored, [url])[0].teacher.url == url
+
+
+def test_what_names_no_module_is_not_trusted(stored: Path) -> None:
+    edit(stored, teacher={"_target_": "tests.test_resume.GlobalTeacher.__subclasses__"})
+    with pytest.raises(ConfigError, match="is defined elsewhere"):
+        read_config(stored, ["tests.test_resume"])
+
+
+def test_a_clip_that_unpacks_to_more_is_not_drawn() -> None:
+    bomb = npz(zipfile.ZIP_DEFLATED, states=np.zeros((1, 2**20)), actions=np.zeros((1, 2, 3), np.float32))
+    assert len(bomb) < 2**16
+    with pytest.raises(ValueError, match="a stored question is damaged"):
+        unpack(bomb)
+
+
+def test_names_of_folders_are_escaped_where_runs_cannot_be_compared(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a\x1b]0;owned\x07", "b\n<script>"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    with pytest.raises(SystemExit) as refused:
+        compare.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "seed 0 occurs 2 times" in str(refused.value)
+    assert str(refused.value).replace("\n", "").isprintable()
 
 
 JSONISH = st.recursive(

@@ -28,12 +28,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch._dynamo  # noqa: F401
 
 from experiments.faults.people import somebody
 from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
 from pbrl.labelling.store import FILE_NAME as PEOPLE
 from pbrl.launch.configuration import options as options_of
+from pbrl.launch.constructors import shipped
 from pbrl.records.checkpoint import load_latest, non_finite
 
 PARTS = "experiments.faults.parts"
@@ -63,10 +65,10 @@ class Row:
 
 
 class Laboratory:
-    """Where runs are broken: a scratch folder, undisturbed runs to compare with, and the table."""
+    """Where runs are broken: a scratch folder, undisturbed runs to compare with, and the table, renewed row by row."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.rows = folder, list[Row]()
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder, self.out, self.rows = folder, out, list[Row]()
         self.output = folder / "output.txt"
         self._references: dict[tuple[str, ...], Path] = {}
         self._count = 0
@@ -112,6 +114,7 @@ class Laboratory:
             yield row
         except Exception as error:  # one broken experiment must not hide the others
             row.outcomes.append(f"FAILED: {type(error).__name__}: {error}")
+        write([row], self.out)
         print(f"{time.monotonic() - started:6.0f} s  {fault}: {row.times} × {row.outcome}  {row.detail}", flush=True)
 
 
@@ -124,14 +127,15 @@ def labels(run: Path) -> int:
 
 
 def kills(lab: Laboratory, count: int, rng: np.random.Generator, about: str = "", *options: str) -> None:
-    """kill −9 at random moments, thirteen or so to a run, each followed by a resume."""
-    with lab.row("kill -9 at a random moment" + about) as row:
+    """kill −9 at random moments, thirteen at most to a run, each followed by a resume."""
+    people = somebody(lab.output) if "teacher=human" in options else contextlib.nullcontext()
+    with lab.row("kill -9 at a random moment" + about) as row, people:
         inside_save = before_first = lost = seed = 0
         while row.times < count:
             run, more = lab.new(), [f"seed={seed}", *options]
             seed += 1
             arguments, answered = fresh(run, *more), 0
-            for _ in range(13):
+            for _ in range(min(13, count - row.times)):
                 process = start(arguments, lab.output)
                 if rng.random() < 0.85:
                     process.wait_for(READY)
@@ -160,8 +164,31 @@ def kills(lab: Laboratory, count: int, rng: np.random.Generator, about: str = ""
         row.detail = f"{inside_save} inside a save, {before_first} before the first; answers lost: {lost}"
 
 
-def matrix(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
-    """The same for every updater and four kinds of teachers; people answer at the page, over HTTP."""
+def writes(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
+    """kill −9 between two changes to the disk, with a teacher whose answers depend on all earlier ones."""
+    more = [f"teacher._target_={PARTS}.Remembering"]
+    with lab.row("kill -9 before a random fsync, rename, mkdir or unlink, remembering") as row:
+        while row.times < count:
+            run, lost, answered = lab.new(), 0, 0
+            arguments, chosen = fresh(run, *more), int(rng.integers(12, 60))
+            while row.times < count:
+                process = start(arguments, lab.output, killed_at=chosen)
+                if process.wait() != -signal.SIGKILL:
+                    break
+                row.times += 1
+                if (run / "config.yaml").exists():
+                    arguments = resumed(run)
+                    lost += labels(run) < answered
+                    answered = labels(run)
+                chosen = int(rng.integers(1, 60))
+            lab.finish(arguments)
+            found = differences(lab.reference(*more), run)
+            row.outcomes.append("same" if not found else f"DIFFERS in {', '.join(found[:4])}")
+            row.outcomes += [f"LOST answers {lost} times"] * bool(lost)
+
+
+def matrix() -> Iterator[tuple[str, list[str]]]:
+    """Every updater with four kinds of teachers, by name; people answer at the page, over HTTP."""
     judges = {
         "mistake": ["teacher=mistake"],
         "remembering": [f"teacher._target_={PARTS}.Remembering"],
@@ -174,11 +201,9 @@ def matrix(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
         "rime": ["updater.epochs=4", "updater.least_epochs=2", "updater.warm_updates=20"],
         **{name: ["updater.fit.steps_per_label=null"] for name in ("surf", "qpa")},
     }
-    with somebody(lab.output):
-        for updater in sorted(set(options_of("updater")) - {"oracle"}):
-            for name, judge in judges.items():
-                more = [f"updater={updater}", *smaller.get(updater, []), *judge]
-                kills(lab, count, rng, f", {updater}, {name}", *more)
+    for updater in sorted(set(options_of("updater")) - {"oracle"}):
+        for name, judge in judges.items():
+            yield f"{updater}, {name}", [f"updater={updater}", *smaller.get(updater, []), *judge]
 
 
 def simulator(lab: Laboratory, count: int, rng: np.random.Generator) -> None:
@@ -442,15 +467,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=52, help="how many times kill -9")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/faults"))
-    parser.add_argument("--only", default="", help="run only the groups whose name contains this")
+    parser.add_argument("--only", default="", help="run only the groups whose name contains this: 'matrix, surf'")
     options = parser.parse_args()
     os.environ["WANDB_MODE"] = "offline"
+    shipped()  # this and torch._dynamo are read once: the forks have them from here
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="pbrl-faults-", ignore_cleanup_errors=True) as folder:
-        lab = Laboratory(Path(folder))
+        lab = Laboratory(Path(folder), options.out)
         groups: dict[str, Callable[[], None]] = {
             "kills": lambda: kills(lab, options.kills, rng),
-            "matrix": lambda: matrix(lab, min(options.kills, 10), rng),
+            **{
+                f"matrix, {name}": partial(kills, lab, min(options.kills, 10), rng, f", {name}", *more)
+                for name, more in matrix()
+            },
+            "writes": lambda: writes(lab, options.kills, rng),
             "simulator": lambda: simulator(lab, min(options.kills, 10), rng),
             "interrupts": lambda: interrupts(lab, rng),
             "files": lambda: files(lab, rng),
@@ -465,7 +495,6 @@ def main() -> int:
         for name, group in groups.items():
             if options.only in name:
                 group()
-    write(lab.rows, options.out)
     bad = [row for row in lab.rows if not row.good]
     print(json.dumps({"faults": sum(row.times for row in lab.rows), "bad": [row.fault for row in bad]}))
     return 1 if bad else 0

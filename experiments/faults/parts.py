@@ -5,7 +5,9 @@ The same config therefore runs with the fault and, resumed without the variable,
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,22 @@ from teachers.simulated import SimulatedTeacher
 def fault(name: str) -> bool:
     """Whether this fault is switched on."""
     return os.environ.get("PBRL_FAULT") == name
+
+
+def kill_at_write(number: int) -> None:
+    """SIGKILL to this process before call `number`, from 1, of those that make changes to the disk take place."""
+    calls = itertools.count(1)
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
 
 
 class FailingTeacher(SimulatedTeacher):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pbrl.launch.build
 import pbrl.loop
 import pbrl.train
+from experiments.faults.parts import kill_at_write
 
 # A whole preference run in about a second: every phase happens, nothing has time to become good. The tests' too.
 TINY = (
@@ -106,8 +107,10 @@ class Process:
         os.kill(self.pid, number)
 
 
-def start(arguments: Sequence[str], output: Path, fault: str = "", real: bool = False) -> Process:
-    """`python -m pbrl.train ARGUMENTS` with PBRL_FAULT=fault."""
+def start(
+    arguments: Sequence[str], output: Path, fault: str = "", real: bool = False, killed_at: int | None = None
+) -> Process:
+    """`python -m pbrl.train ARGUMENTS` with PBRL_FAULT=fault; `killed_at`: see `parts.kill_at_write`."""
     output.unlink(missing_ok=True)
     environment = {**os.environ, "PBRL_FAULT": fault}
     if real:
@@ -126,6 +129,8 @@ def start(arguments: Sequence[str], output: Path, fault: str = "", real: bool = 
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.argv = ["pbrl.train", *arguments]
+        if killed_at is not None:
+            kill_at_write(killed_at)
         pbrl.train.main()
         code = 0
     except SystemExit as end:

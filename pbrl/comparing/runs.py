@@ -366,7 +366,7 @@ def _mismatches(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str
             if run.updater != ORACLE:
                 sources[json.dumps(run.setting(name), sort_keys=True, default=str)].append(run.source)
         if len(sources) > 1:
-            listed = "; ".join(f"{shown(value)} in {', '.join(where)}" for value, where in sources.items())
+            listed = "; ".join(f"{shown(value)} in {', '.join(map(shown, where))}" for value, where in sources.items())
             lines.append(f"{task}: {name} is {listed}")
     return lines
 
@@ -376,6 +376,6 @@ def _repeated_seeds(task: str, methods: Mapping[str, Sequence[Run]]) -> list[str
     for method, runs in methods.items():
         for seed, count in Counter(run.seed for run in runs).items():
             if count > 1:
-                where = ", ".join(run.source for run in runs if run.seed == seed)
+                where = ", ".join(shown(run.source) for run in runs if run.seed == seed)
                 lines.append(f"{task}, {method}: seed {seed} occurs {count} times, in {where}")
     return lines

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from pbrl.files import read_npz
+
 SHORTEST = 1.5  # seconds that a clip lasts at least: shorter segments are slowed down
 FPS = 20  # pictures per second of a clip
 HOLD = 0.4  # seconds for which the last picture stands, so that the end is seen
@@ -43,8 +45,8 @@ def unpack(clips: bytes) -> tuple[np.ndarray, np.ndarray]:
     if len(clips) > LARGEST:
         raise ValueError(f"{len(clips)} bytes are no question")
     try:
-        with np.load(io.BytesIO(clips), allow_pickle=False) as arrays:
-            states, actions = arrays["states"], arrays["actions"]
+        arrays = read_npz(io.BytesIO(clips))
+        states, actions = arrays["states"], arrays["actions"]
     except Exception as error:  # whatever zipfile and numpy raise on damaged bytes
         raise ValueError(f"a stored question is damaged: {error}") from error
     if states.ndim != 2 or actions.ndim != 3 or len(states) != len(actions) or states.dtype != np.float64:

@@ -53,12 +53,6 @@ CREATE UNIQUE INDEX IF NOT EXISTS once ON answer(question, rater, repeat) WHERE 
 CREATE TABLE IF NOT EXISTS lease (rater TEXT PRIMARY KEY, question INTEGER NOT NULL, repeat INTEGER, until REAL);
 CREATE TABLE IF NOT EXISTS intake (session INTEGER PRIMARY KEY, step INTEGER);
 """
-COLUMNS = {  # of a sound store
-    "question": ["id", "key", "clips", "returns", "asked", "open", "session", "step", "label"],
-    "answer": ["id", "question", "rater", "label", "repeat", "seconds", "given", "undone"],
-    "lease": ["rater", "question", "repeat", "until"],
-    "intake": ["session", "step"],
-}
 UNSOUND = (  # rows that nothing here writes: SQLite keeps any value in any column
     "SELECT 'question ' || id FROM question WHERE typeof(key) != 'text' OR typeof(clips) != 'blob'"
     " OR typeof(asked) != 'real' OR open NOT IN (0, 1) OR typeof(session) NOT IN ('integer', 'null')"
@@ -150,12 +144,10 @@ class LabelStore:
 
     def _check(self) -> None:
         """Refuse a store that somebody else has written, by what is wrong with it."""
-        kinds = self._db.execute("SELECT name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
-        if kinds:
-            raise ValueError(f"it holds a trigger or a view, {kinds[0][0]}")
-        for table, columns in COLUMNS.items():
-            if [row[1] for row in self._db.execute(f"PRAGMA table_info({table})")] != columns:
-                raise ValueError(f"its table {table} has other columns")
+        with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(SCHEMA)
+            if strange := _made(self._db) - _made(ours):
+                raise ValueError(f"its {' '.join(min(strange)[:2])} was not made here")
         for query in UNSOUND:
             if found := self._db.execute(query + " LIMIT 1").fetchone():
                 raise ValueError(f"{found[0]} is damaged")
@@ -499,6 +491,11 @@ class LabelStore:
                 **{name: statistics.fmean(values) for name, values in measured.items() if values},
             }
         return found
+
+
+def _made(db: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    """Kind, name and statement of whatever was made in a database."""
+    return {(kind, name, sql or "") for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master")}
 
 
 def _check_name(rater: str) -> None:

@@ -7,12 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pbrl.files import TEXT_BYTES, open_for_reading
 from pbrl.labelling import drawing
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import FILE_NAME, LabelStore, Pair, Taken
@@ -270,8 +272,10 @@ def _answer(taken: list[Taken]) -> Answer:
 def _sessions(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's log that end a session."""
     rows: list[dict[str, Any]] = []
-    if path.is_file():  # a pipe would wait for ever
-        for line in path.read_text().splitlines():
+    if not path.is_file():
+        return rows
+    with open_for_reading(path) as file:
+        for line in iter(partial(file.readline, TEXT_BYTES), b""):
             try:
                 row = json.loads(line)
             except ValueError:  # torn by a crash

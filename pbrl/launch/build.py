@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import set_random_seed
 
 from pbrl import ORACLES
 from pbrl.asking import AnswerJournal
-from pbrl.files import printable, write_atomically
+from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
@@ -392,7 +392,7 @@ def _write_config(run_dir: Path, cfg: DictConfig, choices: dict[str, str]) -> No
 def _compare_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
     try:
-        before = dict(json.loads(path.read_text()))
+        before = dict(json.loads(read_bounded(path, TEXT_BYTES)))
     except (OSError, ValueError, TypeError) as error:
         print(f"{path} cannot be used ({printable(error)}): the versions this run began with are unknown")
         return

@@ -138,13 +138,7 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
     for key in map(str, cfg):
         if key not in top:
             raise unknown("key", key, top)
-    for key, (kind, least) in TYPES.items():
-        _check_type(key, cfg[key], kind, builds=False)
-        if least is not None and cfg[key] is not None and cfg[key] < least:
-            null = ", or null" if type(None) in typing.get_args(kind) else ""
-            raise ConfigError(f"{key}={cfg[key]}; expected at least {least}{null}")
-    if cfg.seed > LARGEST_SEED:
-        raise ConfigError(f"seed={cfg.seed}; expected 0 to {LARGEST_SEED}")
+    check_own(cfg)
     for section in ("feedback", "pretraining", "eval"):
         if not isinstance(cfg[section], DictConfig):
             raise ConfigError(
@@ -166,6 +160,21 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
                 f"callbacks[{i}]={shown(callback)}; expected a table: callbacks=[{{_target_: my_module.MyCallback}}]"
             )
         check_arguments(f"callbacks[{i}]", callback)
+
+
+def check_own(cfg: DictConfig) -> None:
+    """Refuse values of train.yaml's own keys that are of the wrong type, or too small.
+
+    Raises:
+        ConfigError: naming the key, its value and what is expected.
+    """
+    for key, (kind, least) in TYPES.items():
+        _check_type(key, cfg[key], kind, builds=False)
+        if least is not None and cfg[key] is not None and cfg[key] < least:
+            null = ", or null" if type(None) in typing.get_args(kind) else ""
+            raise ConfigError(f"{key}={cfg[key]}; expected at least {least}{null}")
+    if cfg.seed > LARGEST_SEED:
+        raise ConfigError(f"seed={cfg.seed}; expected 0 to {LARGEST_SEED}")
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from hydra.utils import get_object
-from omegaconf import OmegaConf
 
 from pbrl.files import printable
 from pbrl.launch.configuration import CONF, PASSED, ConfigError, type_hints
@@ -32,8 +32,7 @@ CALLBACKS = frozenset(
 )
 SAME_AS = {"inner": "updater", "callback": "callbacks"}  # keys that hold what others hold
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}  # hosts that only this machine reaches
-REACHING = {"url", "host", "path", "oracle", "import_preferences"}  # keys of texts that name something outside the run
-HARMLESS = {"_recursive_"}  # of Hydra's own keys: whether inner nodes are made at once
+REACHING = {"url", "host", "path", "entity", "oracle", "import_preferences"}  # keys of texts that name what is outside
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -43,6 +42,10 @@ class Reach(NamedTuple):
     key: str  # dotted
     value: str
     trust: str  # what `trust=[…]` must hold
+    module: bool  # or a module that it lies in
+
+    def within(self, trust: Sequence[str]) -> bool:
+        return self.trust in trust or (self.module and (within(self.value, trust) or within(self.trust, trust)))
 
 
 @functools.cache
@@ -61,7 +64,7 @@ def shipped() -> Mapping[str, frozenset[str]]:
 
     for path in CONF.rglob("*.yaml"):
         if path.relative_to(CONF).parts[0] not in ("hydra", "launcher"):
-            visit(path.parent.name, OmegaConf.to_container(OmegaConf.load(path)))
+            visit(path.parent.name, yaml.safe_load(path.read_text()))
     return {key: frozenset(names) for key, names in found.items()}
 
 
@@ -89,11 +92,11 @@ def reaches(config: Any, run_dir: Path | None = None, name: str = "", key: str =
             yield from reaches(value, run_dir, path, str(part) if isinstance(config, dict) else key)
         elif part == "_target_" and isinstance(value, str):
             if not _is_shipped(key, value):
-                yield Reach(path, value, value.rpartition(".")[0] or value)
+                yield Reach(path, value, value.rpartition(".")[0] or value, True)
         elif isinstance(value, str) and (key, part) == ("env", "id") and ":" in value:
-            yield Reach(path, value, value.partition(":")[0])  # gymnasium imports what stands before the colon
+            yield Reach(path, value, value.partition(":")[0], True)  # gymnasium imports what stands before the colon
         elif isinstance(value, str) and part in REACHING and not _inside(part, value, run_dir):
-            yield Reach(path, value, value)
+            yield Reach(path, value, value, False)
 
 
 def _inside(part: Any, value: str, run_dir: Path | None) -> bool:
@@ -115,7 +118,7 @@ def check_stored(config: Any, run_dir: Path, trust: Sequence[str]) -> None:
     """
     where = run_dir / "config.yaml"
     for reach in reaches(config, run_dir):
-        if not within(reach.value, trust) and not within(reach.trust, trust):
+        if not reach.within(trust):
             what = "is not among what" if reach.key.endswith("_target_") else "is outside, which"
             raise ConfigError(
                 f"{where}: {reach.key}={printable(reach.value)} {what} a stored config may name; if you know it and "
@@ -126,7 +129,7 @@ def check_stored(config: Any, run_dir: Path, trust: Sequence[str]) -> None:
 
 
 def within(name: str, trust: Sequence[str]) -> bool:
-    """Whether `name` is one of these modules (objects, files, addresses) or lies in one."""
+    """Whether `name` is one of these modules (objects) or lies in one."""
     return any(name == module or name.startswith((module + ".", module + ":")) for module in trust)
 
 
@@ -140,7 +143,7 @@ def _check_node(where: Path, name: str, key: str, node: Any, trust: Sequence[str
         raise ConfigError(f"{where}: {name}._target_ is a {type(target).__name__}; expected the name of a class")
     found = _imported(where, name, target)
     if not _is_shipped(key, target):  # trusted, then; but only for what it is itself, not for what it imports
-        if not within(getattr(found, "__module__", ""), trust):
+        if not within(getattr(found, "__module__", None) or "", trust):
             raise ConfigError(
                 f"{where}: {name}._target_={target} is defined elsewhere; trust=[…] must name that module"
             )
@@ -148,7 +151,7 @@ def _check_node(where: Path, name: str, key: str, node: Any, trust: Sequence[str
     hints = type_hints(found)
     known = set(inspect.signature(found).parameters) - passed
     for part, value in node.items():
-        if part == "_target_" or (part in HARMLESS and isinstance(value, bool)):
+        if part == "_target_":
             continue
         if part not in known:
             raise ConfigError(f"{where}: {printable(target)} takes no {name}.{printable(part)} from a stored config")

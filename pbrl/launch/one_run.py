@@ -12,8 +12,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pbrl.asking import TeacherError
+from pbrl.files import printable
 from pbrl.launch.build import build
 from pbrl.launch.command import evaluate_command, train_command
+from pbrl.launch.configuration import LONGEST_MESSAGE
 from pbrl.launch.stored import lock, trust_of
 from pbrl.loop import Stopped
 
@@ -81,7 +83,8 @@ def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str], locked: 
             raise SystemExit(130) from None
         except (TeacherError, FloatingPointError, OSError, ValueError) as error:
             saved = "everything is saved" if isinstance(error, TeacherError) else "the last checkpoint is kept"
-            print(f"\nerror at step {loop.step}: {error}\n{saved}; go on with\n  {resume}", file=sys.stderr)
+            said = printable(error, LONGEST_MESSAGE)
+            print(f"\nerror at step {loop.step}: {said}\n{saved}; go on with\n  {resume}", file=sys.stderr)
             raise SystemExit(1) from error
         finally:
             _close(loop, complete)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pbrl.files import foreign_entry, open_in_place, read_yaml
-from pbrl.launch.configuration import CONF, GROUPS, ConfigError, leaves
+from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check_own, leaves
 from pbrl.launch.constructors import check_stored, needs_trust
 from pbrl.launch.upgrade import upgrade
 
@@ -82,7 +82,9 @@ def read_config(
         if isinstance(value, str) and "${" in value:
             raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
     check_stored(stored, run_dir, trust)
-    return _with_defaults(stored), choices
+    cfg = _with_defaults(stored)
+    check_own(cfg)
+    return cfg, choices
 
 
 def refuse_links(run_dir: Path) -> None:

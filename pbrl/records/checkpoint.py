@@ -34,6 +34,7 @@ from pbrl.files import (
     open_for_reading,
     open_in_place,
     printable,
+    read_bounded,
     read_npz,
     remove_folder,
     write_all,
@@ -267,7 +268,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = json.loads(_read(folder / "manifest.json", JSON_BYTES))
+    manifest = json.loads(read_bounded(folder / "manifest.json", JSON_BYTES))
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError("its manifest.json was not written by pbrl")
     if manifest["format"] != FORMAT:
@@ -275,15 +276,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ValueError("manifest.json is damaged")
     return manifest
-
-
-def _read(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes."""
-    with open_for_reading(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path.name} has more than {most} bytes")
-    return data
 
 
 def _drop_old(run_dir: Path, logs: Sequence[StepLog]) -> None:
@@ -302,15 +294,20 @@ class Loaded:
         self.folder = folder
         manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
-            data = _read(folder / Path(name).name, int(expected["bytes"]))
+            data = read_bounded(folder / Path(name).name, int(expected["bytes"]))
             if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
                 raise ValueError(f"{Path(name).name} is damaged")
-        self.run: dict[str, Any] = json.loads(_read(folder / "run.json", JSON_BYTES))
+        self.run: dict[str, Any] = json.loads(read_bounded(folder / "run.json", JSON_BYTES))
         with open_for_reading(folder / "state.pt") as file:
             check_archive(file)
             self.state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
         with open_for_reading(folder / "arrays.npz") as file:
             self.arrays = read_npz(file)
+        step = self.run["step"]
+        if type(step) is not int or step != manifest["step"] or not folder.name.startswith(f"step_{step:012d}"):
+            raise ValueError(f"run.json: step is {printable(step)}; expected that of the folder's name")
+        if found := non_finite(self.state):
+            raise ValueError(f"{found} is not finite")
         for log in logs:
             log.load(manifest["steps"][log.name])
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pbrl.files import open_in_place, write_all, write_atomically
+from pbrl.files import TEXT_BYTES, open_in_place, printable, read_bounded, write_all, write_atomically
 from pbrl.records.checkpoint import checkpoints
 
 Row = Mapping[str, float | int | str | None]
@@ -130,7 +130,7 @@ class WandB:
             "project": project,
             "entity": entity,
             "dir": str(run_dir),
-            "id": id_file.read_text().strip(),
+            "id": read_bounded(id_file, TEXT_BYTES).decode().strip(),
             "resume": "allow",
             "group": "/".join(names),
             "job_type": "train",
@@ -198,7 +198,7 @@ class Loggers:
                 getattr(sink, action)(*args)
             except Exception as error:  # whatever a remote service throws must not stop a run
                 self._remote.remove(sink)
-                print(f"logging to {type(sink).__name__} stopped ({error}); metrics.jsonl goes on")
+                print(f"logging to {type(sink).__name__} stopped ({printable(error)}); metrics.jsonl goes on")
 
     def log(self, row: Row) -> None:
         self.local.log(row)

@@ -138,7 +138,7 @@ def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
         ValueError: naming the number of run.json.
     """
     rollouts, (pos, full) = run["rollouts"], run["replay"]
-    counts = {name: run[name] for name in ("step", "sessions", "journal", "metrics_bytes")} | run["due"]
+    counts = {name: run[name] for name in ("sessions", "journal", "metrics_bytes")} | run["due"]
     counts |= {name: rollouts[name] for name in ("total", "episodes", "running_length")} | {"replay": pos}
     counts |= {f"fresh[{index}]": value for index, value in enumerate(run["fresh"])}
     for name, value in counts.items():
@@ -152,8 +152,8 @@ def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
             raise ValueError(f"run.json: {name} is {printable(value)}; expected a number")
     if pos >= replay_size or type(full) is not bool or type(run["pretrained"]) is not bool:
         raise ValueError(f"run.json: replay is {printable(run['replay'])}, pretrained {printable(run['pretrained'])}")
-    if not isinstance(run["last"], dict) or any(isinstance(value, dict | list) for value in run["last"].values()):
-        raise ValueError("run.json: last is no table of plain values")
+    if not isinstance(run["last"], dict) or any(not isinstance(x, int | float | None) for x in run["last"].values()):
+        raise ValueError("run.json: last is no table of numbers")
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

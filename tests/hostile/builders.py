@@ -7,8 +7,10 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sqlite3
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +93,74 @@ def bomb_state(run: Path, mark: Path) -> None:
         return buffer.getvalue()
 
     poison(run, "state.pt", deflated)
+
+
+def script_state(run: Path, mark: Path) -> None:
+    """TorchScript, which `torch.load` would hand on to its own interpreter."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    poison(run, "state.pt", lambda data: buffer.getvalue())
+
+
+def edit_state(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensors of every checkpoint."""
+
+    def changed(data: bytes) -> bytes:
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        change(state)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    poison(run, "state.pt", changed)
+
+
+def nan_weights(run: Path, mark: Path) -> None:
+    def poisoned(state: dict[str, Any]) -> None:
+        for part in (state["agent"]["policy"], state["reward"]):
+            for value in part.values():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    value.fill_(float("nan"))
+
+    edit_state(run, poisoned)
+
+
+def endless_state(run: Path, mark: Path) -> None:
+    """One number, seen as ten billions: sixteen bytes of the file."""
+
+    def expanded(state: dict[str, Any]) -> None:
+        state["agent"]["policy"] = {name: torch.zeros(1).expand(10**13) for name in state["agent"]["policy"]}
+
+    edit_state(run, expanded)
+
+
+def other_step(run: Path, mark: Path) -> None:
+    """A checkpoint that sorts behind all that will ever be saved."""
+    *old, newest = sorted((run / "checkpoints").iterdir())
+    for folder in old:
+        shutil.rmtree(folder)
+    newest.rename(newest.with_name("step_999999999999"))
+
+
+def recalled_text(run: Path, mark: Path) -> None:
+    """The answers that a run will look for, known in advance from its seed, with other things in their places."""
+    lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    (run / "answers.jsonl").write_text("".join(json.dumps({**line, "prefers_first": "x"}) + "\n" for line in lines))
+    _begin_anew(run)
+
+
+def recalled_state(run: Path, mark: Path) -> None:
+    lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    (run / "answers.jsonl").write_text("".join(json.dumps({**line, "teacher": [1, "x"]}) + "\n" for line in lines))
+    _begin_anew(run)
+
+
+def _begin_anew(run: Path) -> None:
+    for name in ("checkpoints", "steps"):
+        shutil.rmtree(run / name)
+    (run / "metrics.jsonl").unlink()
 
 
 def object_arrays(run: Path, mark: Path) -> None:
@@ -221,6 +291,41 @@ def store_with_odd_returns(run: Path, mark: Path) -> None:
 
 def store_with_returns_that_are_no_numbers(run: Path, mark: Path) -> None:
     _store(run, "UPDATE question SET returns = '[NaN, 1]'")
+
+
+def _replaced_table(run: Path, name: str, create: str) -> None:
+    """A store with another table, or index, of this name."""
+    with contextlib.closing(LabelStore(run / "labels.npz.sqlite3")):
+        pass
+    with contextlib.closing(sqlite3.connect(run / "labels.npz.sqlite3")) as db, db:
+        db.execute(f"DROP {'INDEX' if 'INDEX' in create else 'TABLE'} IF EXISTS {name}")
+        db.execute(create)
+
+
+def store_with_a_virtual_table(run: Path, mark: Path) -> None:
+    _replaced_table(run, "lease", "CREATE VIRTUAL TABLE lease USING fts5(rater, question, repeat, until)")
+
+
+def store_with_a_generated_column(run: Path, mark: Path) -> None:
+    create = "CREATE TABLE intake (session INTEGER PRIMARY KEY, step INTEGER, x AS (zeroblob(1000000000)))"
+    _replaced_table(run, "intake", create)
+
+
+def store_with_a_check(run: Path, mark: Path) -> None:
+    _replaced_table(run, "intake", "CREATE TABLE intake (session INTEGER PRIMARY KEY, step INTEGER CHECK (step < 0))")
+
+
+def store_with_a_default(run: Path, mark: Path) -> None:
+    _replaced_table(run, "intake", "CREATE TABLE intake (session INTEGER PRIMARY KEY, step INTEGER DEFAULT 7)")
+
+
+def store_with_an_index_of_its_own(run: Path, mark: Path) -> None:
+    _replaced_table(run, "x", "CREATE INDEX x ON answer (hex(zeroblob(100000000)))")
+
+
+def store_without_its_index(run: Path, mark: Path) -> None:
+    """In which one person could answer a pair twice."""
+    _replaced_table(run, "once", "CREATE INDEX once ON answer (question)")
 
 
 def store_of_answers_to_nothing(run: Path, mark: Path) -> None:
