@@ -361,7 +361,7 @@ def test_an_own_part_is_called_when_it_is_trusted(stored: Path) -> None:
 )
 def test_trust_in_one_address_is_no_trust_in_those_that_begin_alike(stored: Path, trust: str, url: str) -> None:
     edit(stored, teacher={"_target_": "teachers.http.HTTPTeacher", "url": url})
-    with pytest.raises(ConfigError, match="is outside"):
+    with pytest.raises(ConfigError, match=r"is outside what .* --trust http"):
         read_config(stored, [trust])
     assert read_config(stored, [url])[0].teacher.url == url
 

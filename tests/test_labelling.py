@@ -559,6 +559,15 @@ def test_a_short_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Service(settings(tmp_path / "x"))
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.7"])
+def test_an_address_that_cannot_be_had_is_named_with_the_way_out(tmp_path: Path, host: str) -> None:
+    make_store(tmp_path).close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"host={host} port={port}: .*; expected .* 0: any free one"):
+            Service(settings(tmp_path / "labels.sqlite3", host=host), port)
+
+
 def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
     make_store(tmp_path).close()
     chosen = settings(

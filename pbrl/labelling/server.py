@@ -335,12 +335,23 @@ def _seconds(body: dict[str, Any]) -> float:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any free one."""
+    """A listening socket; port 0: any free one.
+
+    Raises:
+        ValueError: if there is none to be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
-    bound.listen(128)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(128)
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"host={host} port={port}: {error.strerror or error}; expected an address of this machine (localhost, "
+            "0.0.0.0) and a port that nobody uses, or 0: any free one"
+        ) from error
     return bound
 
 

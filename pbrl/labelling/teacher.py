@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pbrl.checks import check
 from pbrl.files import TEXT_BYTES, open_for_reading
 from pbrl.labelling import drawing
 from pbrl.labelling.service import Service
@@ -63,16 +64,15 @@ class HumanTeacher(Teacher):
         port: int = 0,
         size: int = 256,
     ) -> None:
-        if undo_seconds < 0 or not 0 <= port < 2**16 or size < 16 or size % 16:
-            raise ValueError(
-                f"undo_seconds={undo_seconds}, port={port}, size={size}: expected at least 0 seconds, a port below "
-                "65536 and a multiple of 16 pixels"
-            )
-        if reviews < 1 or lease <= 0 or not 0 <= repeats < 1:
-            raise ValueError(
-                f"reviews={reviews}, lease={lease}, repeats={repeats}: expected at least 1 answer a pair, a positive "
-                "number of seconds and a share in [0, 1)"
-            )
+        check(
+            "teacher",
+            reviews=(reviews, reviews >= 1, "at least 1 answer a pair"),
+            lease=(lease, lease > 0, "more than 0 seconds"),
+            repeats=(repeats, 0 <= repeats < 1, "a share of at least 0 and below 1"),
+            undo_seconds=(undo_seconds, undo_seconds >= 0, "at least 0"),
+            port=(port, 0 <= port < 2**16, "a port below 65536, or 0: any free one"),
+            size=(size, size >= 16 and size % 16 == 0, "a multiple of 16 pixels"),
+        )
         self.env, self.wait, self.undo_seconds = dict(env), wait, undo_seconds
         self.task = task or "the task"
         self._untold = not task

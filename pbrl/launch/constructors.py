@@ -119,10 +119,11 @@ def check_stored(config: Any, run_dir: Path, trust: Sequence[str]) -> None:
     where = run_dir / "config.yaml"
     for reach in reaches(config, run_dir):
         if not reach.within(trust):
-            what = "is not among what" if reach.key.endswith("_target_") else "is outside, which"
+            what = "is not among" if reach.key.endswith("_target_") else "is outside"
+            name = printable(reach.trust)
             raise ConfigError(
-                f"{where}: {reach.key}={printable(reach.value)} {what} a stored config may name; if you know it and "
-                f"trust this run, add trust=[{printable(reach.trust)}]"
+                f"{where}: {reach.key}={printable(reach.value)} {what} what a stored config may name; if you know it "
+                f"and trust this run, add trust=[{name}] (commands other than pbrl.train: --trust {name})"
             )
     for part, node in config.items():
         _check_node(where, part, part, node, trust, set(PASSED.get(part, ())))
