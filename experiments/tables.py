@@ -83,15 +83,16 @@ def campaign() -> Table:
 
 
 def agents() -> Table:
-    """walker-walk by control steps: return of each run, whatever an action's length."""
+    """walker-walk by control steps: return of each run, however long an action is held."""
     steps = range(0, 100_001, 10_000)
-    table = [["run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    for run in find_runs([STORED / "agent" / "walker-walk"]):
+    table = [["signal", "run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
+    for run in find_runs([STORED / "agent"]):
         at, values = run.series("eval/return")
         at = at * int(run.setting("env.action_repeat") or 1)
         found = dict(zip(at, values, strict=True))
         cells = [f"{found[step]:.0f}" if step in found else "–" for step in steps]
-        table.append([f"`{Path(run.source).name}`", *cells, f"{area_under_curve(at, values):.0f}"])
+        folder = Path(run.source)
+        table.append([folder.parent.name, folder.name, *cells, f"{area_under_curve(at, values):.0f}"])
     return table
 
 
