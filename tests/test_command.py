@@ -207,9 +207,11 @@ def test_no_gpu_is_said_and_never_quietly_replaced(tmp_path: Path, monkeypatch: 
         tiny_loop(tmp_path / "run", "device=tpu")
 
 
-def test_auto_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_loop(tmp_path / "run").release()
-    assert "cpu (auto: no CUDA here)" in capsys.readouterr().out
+def test_a_run_says_device_and_teacher_by_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_loop(tmp_path / "run", "teacher=mistake").release()
+    shown = capsys.readouterr().out
+    assert "cpu (auto: no CUDA here)" in shown
+    assert " · teacher mistake · " in shown
 
 
 # ------------------------------------------------------------------------------------------------ lines to be pasted

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 def pbrl_train(tmp_path: Path, *arguments: str, **environment: str) -> str:
     """Output of the console script, as pip would write it."""
-    script = tmp_path / "pbrl-train"
+    script = tmp_path / "bin" / "pbrl-train"
+    script.parent.mkdir(exist_ok=True)
     script.write_text(f"#!{sys.executable}\nfrom pbrl.train import main\nmain()\n")
     script.chmod(0o755)
     env = dict(os.environ) | {"PYTHONPATH": str(ROOT)} | environment
@@ -67,3 +68,8 @@ def test_tab_completion_is_installed_and_completes(tmp_path: Path) -> None:
         "updater=pebble",
         "updater=pebble-published",
     ]
+
+
+def test_the_console_script_finds_modules_of_the_present_folder(tmp_path: Path) -> None:
+    (tmp_path / "own_place.py").write_text("import gymnasium\n\n\nclass Place(gymnasium.Env):\n    pass\n")
+    assert "_target_: own_place.Place" in pbrl_train(tmp_path, "env._target_=own_place.Place", "--cfg", "job")
