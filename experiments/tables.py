@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.fitting import WAYS
+from experiments.second_term import tables as second_term
 from experiments.theory.report import interval, slope
 from pbrl.comparing.curves import tail_mean
 from pbrl.comparing.runs import ORACLE, Run, find_runs
@@ -64,8 +65,7 @@ def evidence() -> Table:
     table.append(["oracle", f"{at_the_end:.0f} (mean at 100k steps, bf16)", "the true reward, no answers"])
     for method, (name, what) in says.items():
         table.append([name, ", ".join(f"{value:.0f}" for value in _finals(methods[method], "eval/return")), what])
-    with (STORED / "first-light" / "bpref.csv").open(newline="") as file:
-        last = [float(row["return"]) for row in csv.DictReader(file) if int(row["env_step"]) == 100_000]
+    last = _numbers(_rows("first-light/bpref.csv", env_step="100000"), "return")
     seeds = f"at 100k steps, {len(last)} seed"
     return [*table, ["B-Pref's own training code", f"{np.mean(last):.0f} ({seeds})", "on today's libraries"]]
 
@@ -112,9 +112,7 @@ def walker_steps() -> Table:
     """walker-walk: mean return over the seeds at some steps."""
     steps = (20_000, 40_000, 60_000, 100_000)
     table = [["walker-walk, mean return at", "seeds", *(f"{step // 1000}k" for step in steps)]]
-    with (STORED / "first-light" / "bpref.csv").open(newline="") as file:
-        rows = [(int(row["env_step"]), float(row["return"])) for row in csv.DictReader(file)]
-    found = [[value for at, value in rows if at == step] for step in steps]
+    found = [_numbers(_rows("first-light/bpref.csv", env_step=str(step)), "return") for step in steps]
     name = "B-Pref's training code on today's libraries"
     table.append([name, "2", *(f"{np.mean(x):.0f}" + " (1 seed)" * (len(x) == 1) for x in found)])
     for folder, precision in (("walker-walk-fp32", "fp32"), ("walker-walk", "bf16")):
@@ -322,6 +320,20 @@ def gaming() -> Table:
     return table
 
 
+def kills() -> Table:
+    """Runs killed with SIGKILL at random moments, by updater and teacher: how many kills, and what came of the runs."""
+    found = {}
+    for row in _rows("faults/table.csv"):
+        _, *what = row["fault"].split(", ")
+        if len(what) == 2:
+            found[what[0], what[1]] = f"{row['times']}: {re.sub(r' [(][0-9]+[)]', '', row['outcome'])}"
+    teachers = dict.fromkeys(teacher for _, teacher in found)
+    return [
+        ["updater", *teachers],
+        *([f"`{u}`", *(found.get((u, t), "–") for t in teachers)] for u in sorted({u for u, _ in found})),
+    ]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "first-light": first_light,
     "fp32": fp32,
@@ -336,6 +348,15 @@ TABLES: dict[str, Callable[[], Table]] = {
     "second-term-runs": second_term_runs,
     "theory": theory,
     "gaming": gaming,
+    "kills": kills,
+    "second-term-exact": lambda: second_term.exact(_rows("second-term/exact.csv")),
+    "second-term-gate": lambda: second_term.gate(_rows("second-term/gate.csv")),
+    "second-term-sampled": lambda: second_term.sampled(_rows("second-term/sampled.csv")),
+    "second-term-walker-walk": lambda: second_term.robot(_rows("second-term/walker-walk.csv")),
+    "second-term-window-open": lambda: second_term.robot(_rows("second-term/window-open.csv")),
+    "second-term-seen": lambda: second_term.seen(
+        [row for task in ("walker-walk", "window-open") for row in _rows(f"second-term/{task}.csv")]
+    ),
 }
 
 

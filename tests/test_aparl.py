@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.second_term.opening import cosines
 from pbrl.bilevel.params import flatten, norm
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
@@ -252,18 +253,6 @@ def test_the_gate_opens_on_evidence_and_closes_on_one_disagreement():
     # 1.5, 2.25, 3.375 → 10/3; the cap makes one disagreement enough, and one agreement enough to come back
     assert [gate.observe(c) for c in (1.0, 1.0, 1.0, -0.2, math.nan, 1.0)] == [False, False, True, False, False, True]
     assert gate.evidence == pytest.approx(10 / 3)
-
-
-def cosines(rng, runs, updates, dimensions, signal, skewed=False):
-    """Of two independent estimates: `signal` along one axis, and noise in a space of `dimensions`."""
-
-    def estimate():
-        noise = rng.standard_normal((runs, updates, dimensions))
-        noise = noise**2 - 1 if skewed else noise
-        noise[..., 0] += signal
-        return noise / np.linalg.norm(noise, axis=-1, keepdims=True)
-
-    return (estimate() * estimate()).sum(-1)
 
 
 def share_opened(cosines):

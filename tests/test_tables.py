@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_a_changed_number_is_found_and_renewed() -> None:
     assert tables.renewed(page) == page
     changed = page.replace("303, 270, 326", "393, 270, 326")
     assert changed != page and tables.renewed(changed) == page
+
+
+def test_the_report_of_faults_is_that_of_its_data(tmp_path: Path) -> None:
+    from experiments.faults.__main__ import write  # reads much of torch
+
+    stored = ROOT / "experiments/results/faults"
+    shutil.copy(stored / "table.csv", tmp_path)
+    write([], tmp_path)
+    for name in ("table.csv", "table.md"):
+        assert (tmp_path / name).read_bytes() == (stored / name).read_bytes(), name
 
 
 def test_the_difference_is_welchs() -> None:

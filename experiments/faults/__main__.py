@@ -33,6 +33,7 @@ import torch._dynamo  # noqa: F401
 from experiments.faults.people import somebody
 from experiments.faults.runs import Process, fresh, resumed, start
 from experiments.faults.same import differences
+from experiments.tables import markdown
 from pbrl.labelling.store import FILE_NAME as PEOPLE
 from pbrl.launch.configuration import options as options_of
 from pbrl.launch.constructors import shipped
@@ -456,11 +457,12 @@ def write(rows: list[Row], out: Path) -> None:
         table = csv.writer(file)
         table.writerow(["fault", "times", "outcome", "detail"])
         table.writerows(content.values())
-    lines = ["| fault | times | outcome |", "|---|---|---|"]
-    for fault, times, outcome, detail in content.values():
-        lines.append(f"| {fault} | {times} | {outcome}{'. ' if detail else ''}{detail} |".replace("\n", " "))
     text = "Written by `python -m experiments.faults`; what the outcomes mean: its first lines.\n\n"
-    (out / "table.md").write_text(text + "\n".join(lines) + "\n")
+    shown = [
+        [fault, times, f"{outcome}{'. ' if detail else ''}{detail}".replace("\n", " ")]
+        for fault, times, outcome, detail in content.values()
+    ]
+    (out / "table.md").write_text(text + markdown([["fault", "times", "outcome"], *shown]))
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""`python -m experiments.second_term WHAT`: the CSVs behind docs/second-term.md, and its tables from them.
+"""`python -m experiments.second_term WHAT`: the CSVs behind docs/second-term.md (its tables: `experiments.tables`).
 
 exact: estimators against central differences; sampled: against the truth by size; robot RUN: on a run's rollouts;
-gate: how often it opens; table: the tables.
+gate: how often it opens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments.curves import write
-from experiments.second_term import opening, robot, tables, tabular
+from experiments.second_term import opening, robot, tabular
 
 OUT = Path("experiments/results/second-term")
 ROBOT_COLUMNS = (
@@ -34,12 +34,6 @@ ROBOT_COLUMNS = (
 )
 
 
-def robot_tables() -> list[str]:
-    """One for each environment whose CSV is stored, and what can be seen in them."""
-    envs = [path.stem for path in sorted(OUT.glob("*-*.csv"))]
-    return [*(tables.robot_table(OUT, env) for env in envs), tables.seen_table(OUT, envs)]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -47,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["exact", "sampled", "robot", "gate", "table"])
+    parser.add_argument("what", choices=["exact", "sampled", "robot", "gate"])
     parser.add_argument("run", type=Path, nargs="?", help="robot: a run's folder with a checkpoint; it is copied first")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 16000], help="environment steps")
     parser.add_argument("--blocks", type=int, default=32, help="robot: thousands of steps to roll out")
@@ -60,9 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     columns: tuple[str, ...]
     torch.set_num_threads(1)
-    if chosen.what == "table":
-        print("\n\n".join([tables.exact_line(OUT), tables.gate_table(OUT), tables.sampled_table(OUT), *robot_tables()]))
-        return
     if chosen.what == "robot":
         if chosen.run is None or not (chosen.run / "checkpoints").is_dir():
             parser.error(f"robot needs a run's folder with a checkpoint; {chosen.run} is none")

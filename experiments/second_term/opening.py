@@ -11,7 +11,6 @@ import numpy as np
 from pbrl.second_term.gate import Gate
 
 DIMENSIONS = (1, 3, 8, 20)
-ERROR, STAKE = 0.05, 0.8  # pbrl/conf/updater/aparl.yaml
 UPDATES = {0.0: (10, 50, 200), 0.3: (10, 20, 30), 0.6: (5, 10, 20)}  # true cosine: after how many updates
 
 
@@ -40,7 +39,7 @@ def opened(found: np.ndarray) -> np.ndarray:
     """Whether the gate had been open by each update: bool [runs, updates]."""
     states = []
     for run in found:
-        gate = Gate(ERROR, STAKE)
+        gate = Gate()
         states.append([gate.observe(float(cosine)) for cosine in run])
     return np.logical_or.accumulate(np.array(states), axis=1)
 
