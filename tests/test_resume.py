@@ -18,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-import pbrl.loop
+import pbrl.dialogue
 from experiments.faults.runs import TINY
 from experiments.faults.same import differences, metrics
 from pbrl.labelling import teacher as labelling
@@ -155,7 +155,7 @@ def crash_in_session(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def crash_after_answer(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("pbrl.loop.reward_health", raising(pbrl.loop.reward_health, Crash(), after % 2))
+    patch.setattr("pbrl.dialogue.reward_health", raising(pbrl.dialogue.reward_health, Crash(), after % 2))
 
 
 def crash_in_evaluation(loop: Loop, after: int, patch: pytest.MonkeyPatch) -> None:
