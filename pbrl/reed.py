@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbrl.checks import check
+from pbrl.checks import check, restore_optimizer
 from pbrl.reward import ACTIVATIONS, RewardEnsemble
 from pbrl.standardise import Standardise
 from pbrl.types import Session
@@ -169,4 +169,4 @@ class DynamicsAwareReward(RewardEnsemble):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
-        self.dynamics_optimizer.load_state_dict(state["dynamics_optimizer"])
+        restore_optimizer(self.dynamics_optimizer, state["dynamics_optimizer"])

@@ -10,7 +10,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
-from pbrl.checks import check
+from pbrl.checks import check, restore_optimizer
 from pbrl.pay import Pay
 from pbrl.standardise import Standardise
 from pbrl.types import Segments, Session
@@ -196,4 +196,4 @@ class RewardEnsemble(nn.Module):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])

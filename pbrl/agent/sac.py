@@ -34,7 +34,7 @@ from torch import Tensor
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.agent.networks import PreferencePolicy, Standardised, initialise, lowest, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
-from pbrl.checks import check
+from pbrl.checks import check, restore_optimizer
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 
@@ -501,8 +501,8 @@ class PreferenceSAC(SAC):
             False if the simulator cannot restore its state: its episode then starts anew.
         """
         self.policy.load_state_dict(state["policy"])
-        self.actor.optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic.optimizer.load_state_dict(state["critic_optimizer"])
+        restore_optimizer(self.actor.optimizer, state["actor_optimizer"])
+        restore_optimizer(self.critic.optimizer, state["critic_optimizer"])
         self.noise.set_state(state["noise"])
         self.replay_rng.bit_generator.state = state["replay_rng"]
         self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
@@ -514,7 +514,7 @@ class PreferenceSAC(SAC):
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             with torch.no_grad():
                 self.log_ent_coef.copy_(state["log_ent_coef"])
-            self.ent_coef_optimizer.load_state_dict(state["ent_coef_optimizer"])
+            restore_optimizer(self.ent_coef_optimizer, state["ent_coef_optimizer"])
         assert self.env is not None
         if state["last_obs"] is None:
             self.training_env.np_random.bit_generator.state = state["env_rng"]

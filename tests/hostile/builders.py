@@ -127,6 +127,28 @@ def nan_weights(run: Path, mark: Path) -> None:
     edit_state(run, poisoned)
 
 
+def _moments(run: Path, change: Callable[[torch.Tensor], Any]) -> None:
+    def changed(state: dict[str, Any]) -> None:
+        for held in state["agent"]["critic_optimizer"]["state"].values():
+            held["exp_avg_sq"] = change(held["exp_avg_sq"])
+
+    edit_state(run, changed)
+
+
+def short_moments(run: Path, mark: Path) -> None:
+    """An optimiser's state of one number, behind whose end a fused kernel would read and write."""
+    _moments(run, lambda moments: torch.zeros(1))
+
+
+def repeated_moments(run: Path, mark: Path) -> None:
+    """The same, seen in the right shape."""
+    _moments(run, lambda moments: torch.zeros(1).expand(moments.shape))
+
+
+def moments_of_text(run: Path, mark: Path) -> None:
+    _moments(run, lambda moments: "../../x")
+
+
 def endless_state(run: Path, mark: Path) -> None:
     """One number, seen as ten billions: sixteen bytes of the file."""
 
