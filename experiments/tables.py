@@ -143,6 +143,16 @@ def sac_update() -> Table:
     return table
 
 
+def kinds() -> Table:
+    """What an update of each kind of networks costs, compiled: processor time beside the lean agent's and stock SB3's."""
+    table = [["networks", "stock SB3", "fp32", "bf16", "fp32 beside lean fp32", "stock SB3 beside fp32"]]
+    for row in json.loads((STORED / "benchmarks" / "kinds.json").read_text())["results"]:
+        times = (_time(row[f"{variant}_ms"]) for variant in ("stock", "fp32", "bf16"))
+        ratios = (f"{row[name]:.2f}×" for name in ("ratio_fp32_to_lean_fp32", "ratio_stock_to_fp32"))
+        table.append([row["kind"], *times, *ratios])
+    return table
+
+
 def end_to_end() -> Table:
     """A whole run on one thread: steps per second and where the time goes, means of the repeats."""
     rows = json.loads((STORED / "benchmarks" / "end_to_end.json").read_text())["results"]
@@ -343,6 +353,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
+    "kinds": kinds,
     "end-to-end": end_to_end,
     "fitting": fitting,
     "second-term-runs": second_term_runs,
