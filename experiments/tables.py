@@ -144,7 +144,7 @@ def sac_update() -> Table:
 
 
 def kinds() -> Table:
-    """What an update of each kind of networks costs, compiled: processor time beside the lean agent's and stock SB3's."""
+    """What an update of each kind of networks costs, compiled; ratios of processor time."""
     table = [["networks", "stock SB3", "fp32", "bf16", "fp32 beside lean fp32", "stock SB3 beside fp32"]]
     for row in json.loads((STORED / "benchmarks" / "kinds.json").read_text())["results"]:
         times = (_time(row[f"{variant}_ms"]) for variant in ("stock", "fp32", "bf16"))
