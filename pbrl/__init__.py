@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LearnedReward"]
 ORACLES = Path(__file__).parent / "oracles"  # <env>.csv: curves of SAC paid the task's own reward
 

@@ -27,10 +27,12 @@ def check(where: str, **values: tuple[Any, bool, str]) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state whose moments are of their parameters' sizes: the fused kernels write without looking.
 
+    Its settings stay those it was built with, which the config holds.
+
     Raises:
         ValueError: naming what does not fit.
     """
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, held in optimizer.state.items():
         for name, value in held.items():
             one = name == "step" and isinstance(value, torch.Tensor) and value.shape == ()

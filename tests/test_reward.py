@@ -190,3 +190,12 @@ def test_no_pairs_train_nothing() -> None:
     )
     assert metrics["reward/epochs"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, reward.parameters(), strict=True))
+
+
+def test_a_checkpoint_does_not_change_an_optimisers_settings() -> None:
+    reward = RewardEnsemble(2, 1, learning_rate=1e-3)
+    state = reward.state()
+    state["optimizer"]["param_groups"][0] |= {"lr": "x", "amsgrad": True}
+    reward.load_state(state)
+    (settings,) = reward.optimizer.param_groups
+    assert (settings["lr"], settings["amsgrad"]) == (1e-3, False)
