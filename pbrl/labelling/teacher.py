@@ -54,7 +54,7 @@ class HumanTeacher(Teacher):
     def __init__(
         self,
         env: Any,
-        task: str | None = None,
+        task: str | None,
         wait: bool = True,
         reviews: int = 1,
         lease: float = 120.0,
