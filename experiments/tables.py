@@ -83,16 +83,21 @@ def campaign() -> Table:
 
 
 def agents() -> Table:
-    """walker-walk by control steps: return of each run, however long an action is held."""
+    """walker-walk by control steps: return of each run, however long an action is held, beside the lean agent's."""
     steps = range(0, 100_001, 10_000)
     table = [["signal", "run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    for run in find_runs([STORED / "agent"]):
+    lean = dict(_methods(STORED / "first-light" / "walker-walk"))["oracle"]
+    lean += dict(_methods(STORED / "first-light" / "walker-walk-fp32"))["pebble"]
+    runs = find_runs([STORED / "agent"])
+    for run in sorted(runs, key=lambda run: run.updater != ORACLE) + lean:
         at, values = run.series("eval/return")
         at = at * int(run.setting("env.action_repeat") or 1)
+        at, values = at[at <= steps[-1]], values[at <= steps[-1]]
         found = dict(zip(at, values, strict=True))
         cells = [f"{found[step]:.0f}" if step in found else "–" for step in steps]
-        folder = Path(run.source)
-        table.append([folder.parent.name, folder.name, *cells, f"{area_under_curve(at, values):.0f}"])
+        signal = "true reward" if run.updater == ORACLE else "100 answers"
+        name = f"lean, {run.setting('agent.precision')}, seed {run.seed}" if run in lean else Path(run.source).name
+        table.append([signal, name, *cells, f"{area_under_curve(at, values):.0f}"])
     return table
 
 
