@@ -101,6 +101,17 @@ def agents() -> Table:
     return table
 
 
+def quick() -> Table:
+    """door-open under `experiment=quick`: success and return at each evaluation, in environment steps."""
+    steps = range(10_000, 90_001, 10_000)
+    table = [["run", *(f"{step // 1000}k" for step in steps)]]
+    for run in find_runs([STORED / "quick"]):
+        success, returns = (dict(zip(*run.series(f"eval/{name}"), strict=True)) for name in ("success", "return"))
+        cells = [f"{success[step]:.0%}, {returns[step]:.0f}" if step in success else "–" for step in steps]
+        table.append([Path(run.source).name, *cells])
+    return table
+
+
 def fp32_differences() -> Table:
     """A-PARL against PEBBLE with the same fitting, in fp32: Welch's interval and the seeds' ranks."""
     methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
@@ -355,6 +366,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "evidence": evidence,
     "campaign": campaign,
     "agents": agents,
+    "quick": quick,
     "fp32-differences": fp32_differences,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
