@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbrl.checks import check, restore_optimizer
+from pbrl.checks import check
+from pbrl.optimizers import restore_optimizer
 from pbrl.reward import ACTIVATIONS, RewardEnsemble
 from pbrl.standardise import Standardise
 from pbrl.types import Session

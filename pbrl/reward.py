@@ -10,7 +10,8 @@ import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
-from pbrl.checks import check, restore_optimizer
+from pbrl.checks import check
+from pbrl.optimizers import restore_optimizer
 from pbrl.pay import Pay
 from pbrl.standardise import Standardise
 from pbrl.types import Segments, Session

@@ -34,7 +34,8 @@ from torch import Tensor
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.agent.networks import PreferencePolicy, Standardised, initialise, lowest, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
-from pbrl.checks import check, restore_optimizer
+from pbrl.checks import check
+from pbrl.optimizers import restore_optimizer
 from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 
