@@ -186,7 +186,7 @@ def over_labels(run: Run, steps: Array, values: Array) -> tuple[Array, Array]:
 def find_reference(
     task: str, runs: Sequence[Run], result: Comparison, last_step: float, folder: Path
 ) -> Reference | None:
-    """The oracle's curve up to the last_step: from oracle runs among those compared, else from the stored curve.
+    """The oracle's curve up to `last_step`: from oracle runs among those compared, else from the stored curve.
 
     None, with a note, if there is neither or its score is not positive.
     """
