@@ -86,17 +86,18 @@ def agents() -> Table:
     """walker-walk by control steps: return of each run, however long an action is held, beside the lean agent's."""
     steps = range(0, 100_001, 10_000)
     table = [["signal", "run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    lean = dict(_methods(STORED / "first-light" / "walker-walk"))["oracle"]
-    lean += dict(_methods(STORED / "first-light" / "walker-walk-fp32"))["pebble"]
-    runs = find_runs([STORED / "agent"])
-    for run in sorted(runs, key=lambda run: run.updater != ORACLE) + lean:
+    runs = [(Path(run.source).name, run) for run in find_runs([STORED / "agent"])]
+    runs.sort(key=lambda item: item[1].updater != ORACLE)
+    for folder, method in (("walker-walk", ORACLE), ("walker-walk-fp32", "pebble")):
+        for run in dict(_methods(STORED / "first-light" / folder))[method]:
+            runs.append((f"lean, {run.setting('agent.precision')}, seed {run.seed}", run))
+    for name, run in runs:
         at, values = run.series("eval/return")
         at = at * int(run.setting("env.action_repeat") or 1)
         at, values = at[at <= steps[-1]], values[at <= steps[-1]]
         found = dict(zip(at, values, strict=True))
         cells = [f"{found[step]:.0f}" if step in found else "–" for step in steps]
         signal = "true reward" if run.updater == ORACLE else "100 answers"
-        name = f"lean, {run.setting('agent.precision')}, seed {run.seed}" if run in lean else Path(run.source).name
         table.append([signal, name, *cells, f"{area_under_curve(at, values):.0f}"])
     return table
 
