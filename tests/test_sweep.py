@@ -160,8 +160,11 @@ def test_a_sweep_killed_in_the_middle_and_started_again_repeats_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), ("launcher=local", "hydra.launcher.n_jobs=2")], ids=["basic", "local"])
-def test_ctrl_c_on_a_sweep_saves_its_runs_and_says_how_to_go_on(tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    arguments = [*launcher, "updater=oracle", "seed=0,1,2"]
+def test_ctrl_c_on_a_sweep_saves_its_runs_and_says_how_to_go_on(
+    tmp_path: Path, launcher: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # of NumPy, in the command itself: the signal may come to any of them
+    arguments = [*launcher, "updater=oracle", "seed=0,1,2", "threads=1"]
     under_way = 2 if launcher else 1
     process = start(tmp_path, *arguments, "total_steps=90000")
     try:

@@ -230,16 +230,19 @@ STOPPED = "stopped; the same command again goes on with what is left"
 
 
 def take_interrupts(folder: Path) -> None:
-    """Let a thread take Ctrl-C. joblib would kill whatever its workers have started, before it has saved.
+    """Let a thread of ours see Ctrl-C. joblib would kill whatever its workers have started, before it has saved.
 
     The workers inherit that Ctrl-C does not reach them. They learn from the sweep's folder that it is to stop.
     """
+    seen, tell = os.pipe()
+    os.set_blocking(tell, False)
 
     def wait() -> None:
-        signal.sigwait({signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        _wait_for_interrupt(seen)
         print(STOPPING, file=sys.stderr)
         (folder / "stop").touch()
-        signal.sigwait({signal.SIGINT})
+        _wait_for_interrupt(seen)
         os._exit(130)
 
     from joblib.externals.loky.backend import resource_tracker as joblibs
@@ -247,7 +250,16 @@ def take_interrupts(folder: Path) -> None:
     for tracker in (resource_tracker, joblibs):
         tracker.ensure_running()  # its start would let Ctrl-C through again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # the system may give it to any thread, such as one of NumPy's: Python writes it to the pipe at once, and raises
+    # nothing, as it has a handler
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(tell)
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _wait_for_interrupt(seen: int) -> None:
+    while os.read(seen, 1) != bytes([signal.SIGINT]):
+        pass
 
 
 def _stopping() -> bool:
