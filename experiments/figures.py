@@ -27,7 +27,7 @@ from pbrl.comparing.tables import curve_rows, write_tables
 from pbrl.episodes import play
 
 SIZE = 256  # pixels, of a film strip's frames
-DPI = 200
+DPI = 120  # of film strips: small enough for a page
 
 
 def draw_curves(arguments: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def draw_curves(arguments: argparse.Namespace) -> None:
 
 
 def draw_strips(arguments: argparse.Namespace) -> None:
-    """Figure 3: one row of frames per run, in episodes of the same seed, each from its first state to its last."""
+    """Figure 3: one row of frames per run, in episodes of the same seed, each from its first state."""
     from pbrl.evaluate import load_run  # brings torch and the agent, which curves do without
 
     runs = [read_run(folder) for folder in arguments.runs]
@@ -49,7 +49,11 @@ def draw_strips(arguments: argparse.Namespace) -> None:
     if len(tasks) > 1:
         raise ComparisonError(f"film strips compare runs on one task, but these are on {', '.join(tasks)}")
     keys = arguments.method_keys or ["updater"]
-    strips = [film_strip(*load_run(folder), arguments.seed, arguments.frames) for folder in arguments.runs]
+    strips = []
+    for folder in arguments.runs:
+        agent, env = load_run(folder)
+        strips.append(film_strip(agent, env, arguments.seed, arguments.frames, arguments.until))
+        env.close()
     labels = [method_label(run, keys) for run in runs]
     strips_figure(labels, strips, tasks[0]).savefig(arguments.out, dpi=DPI)
 
@@ -57,13 +61,13 @@ def draw_strips(arguments: argparse.Namespace) -> None:
 Strip = tuple[list[int], list[NDArray[np.uint8]], float]  # steps, their frames [SIZE, SIZE, 3], return of the episode
 
 
-def film_strip(agent: Any, env: Any, seed: int, frames: int) -> Strip:
-    """Frames at even intervals from the first state to the last of one episode of the mean policy.
+def film_strip(agent: Any, env: Any, seed: int, frames: int, until: int | None = None) -> Strip:
+    """Frames at even intervals of one episode of the mean policy, from its first state to step `until` or its last.
 
     The episode is played twice with the same seed, as its length is known only at its end.
     """
     length, total, _ = _play(agent, env, seed, shown=set())
-    steps = np.unique(np.linspace(0, length, frames).round().astype(int)).tolist()
+    steps = np.unique(np.linspace(0, min(length, until or length), frames).round().astype(int)).tolist()
     _, _, pictures = _play(agent, env, seed, shown=set(steps))
     return steps, pictures, total
 
@@ -93,7 +97,7 @@ def strips_figure(labels: Sequence[str], strips: Sequence[Strip], task: str) -> 
         for step, picture, panel in zip(steps, pictures, row, strict=False):
             panel.imshow(picture)
             panel.set_title(f"step {step}", fontsize=8)
-        row[0].set_ylabel(f"{label}\nreturn {total:.3g}")
+        row[0].set_ylabel(f"{label}\nreturn {total:.0f}")
     figure.suptitle(task)
     return figure
 
@@ -109,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     strips = kinds.add_parser("strips", help="film strips of learned behaviour, methods as rows (PARL, figure 3)")
     strips.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders with a checkpoint, one per row")
     strips.add_argument("--frames", type=int, default=8, help="frames per row (default: 8)")
+    strips.add_argument("--until", type=int, help="the last step shown (default: the episode's last)")
     strips.add_argument("--seed", type=int, default=0, help="of the episode shown (default: 0)")
     strips.add_argument("--method-keys", type=lambda text: text.split(","), help="what names a row (default: updater)")
     strips.set_defaults(draw=draw_strips)

@@ -27,6 +27,9 @@ class Corridor:
     def render(self, width: int, height: int) -> np.ndarray:
         return np.full((height, width, 3), 20 * self.step_count, dtype=np.uint8)
 
+    def close(self) -> None:
+        self.closed = True
+
 
 class Walker:
     def __init__(self, speed: float) -> None:
@@ -41,12 +44,17 @@ def test_a_film_strip_spans_the_episode_from_the_first_state_to_the_last() -> No
     steps, pictures, total = figures.film_strip(Walker(2.0), Corridor(), seed=0, frames=5)
     assert steps == [0, 2, 5, 8, 10] and total == 20.0
     assert [int(picture[0, 0, 0]) // 20 for picture in pictures] == steps
+    steps, pictures, total = figures.film_strip(Walker(2.0), Corridor(), seed=0, frames=3, until=4)
+    assert steps == [0, 2, 4] and total == 20.0  # the return is the whole episode's
+    assert [int(picture[0, 0, 0]) // 20 for picture in pictures] == steps
 
 
 def test_strips_have_a_row_per_run_named_by_method_and_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [write_run(tmp_path / name, updater=name) for name in ("pebble", "aparl")]
     speeds = dict(zip(folders, (1.0, 3.0), strict=True))
-    monkeypatch.setattr("pbrl.evaluate.load_run", lambda folder: (Walker(speeds[folder]), Corridor()))
+    envs = [Corridor(), Corridor()]
+    rest = iter(envs)
+    monkeypatch.setattr("pbrl.evaluate.load_run", lambda folder: (Walker(speeds[folder]), next(rest)))
     drawn: list[Any] = []
     draw = figures.strips_figure
     monkeypatch.setattr(figures, "strips_figure", lambda *a: drawn.append(draw(*a)) or drawn[0])
@@ -55,6 +63,7 @@ def test_strips_have_a_row_per_run_named_by_method_and_return(tmp_path: Path, mo
     labels = [panel.get_ylabel() for panel in drawn[0].axes if panel.get_ylabel()]
     assert labels == ["pebble\nreturn 10", "aparl\nreturn 30"]
     assert [len(panel.images) for panel in drawn[0].axes] == [1] * 8
+    assert all(env.closed for env in envs)  # an open one ends in OpenGL's complaints
 
 
 def test_strips_of_different_tasks_are_refused(tmp_path: Path) -> None:
