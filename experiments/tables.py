@@ -20,7 +20,7 @@ from experiments.second_term import tables as second_term
 from experiments.theory.report import interval, slope
 from pbrl.comparing.curves import tail_mean
 from pbrl.comparing.runs import ORACLE, Run, find_runs
-from pbrl.comparing.statistics import Array, area_under_curve, improvement_interval, student_interval
+from pbrl.comparing.statistics import Array, area_under_curve, first_reached, improvement_interval, student_interval
 
 STORED = Path(__file__).parent / "results"
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n((?:[ ]*\|.*\n)*)")
@@ -123,6 +123,21 @@ def fp32_differences() -> Table:
         low, high = improvement_interval([x], [y])
         share = float(np.mean(x[:, None] > y[None]))
         table.append([name, _welch(x, y), f"{share:.2f} [{low:.2f}, {high:.2f}]"])
+    return table
+
+
+def reached() -> Table:
+    """walker-walk, fp32: the evaluation at which each seed first reaches what PEBBLE as published ends at."""
+    methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
+    level = float(_finals(methods["pebble-published"], "eval/return").mean())
+    methods["pebble"] = methods["pebble"] + dict(_methods(STORED / "campaign" / "walker-walk"))["pebble"]
+    table = [[f"walker-walk, first at {level:.0f} or above", "seeds", "step of each seed", "mean [95 %], thousands"]]
+    for name in ("pebble", "aparl", "pebble-published"):
+        runs = methods[name]
+        steps = np.array([float(first_reached(*run.series("eval/return"), level)) for run in runs]) / 1000
+        shown = ", ".join("never" if np.isinf(step) else f"{step:.0f}k" for step in steps)
+        mean = "–" if np.isinf(steps).any() else _mean(steps)
+        table.append([f"`{name}`", _listed([run.seed for run in runs], ""), shown, mean])
     return table
 
 
@@ -370,6 +385,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agents": agents,
     "meta-world": meta_world,
     "fp32-differences": fp32_differences,
+    "reached": reached,
     "walker-steps": walker_steps,
     "sac-update": sac_update,
     "kinds": kinds,
