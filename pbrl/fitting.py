@@ -17,6 +17,7 @@ from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Segments
 
+LOOKED_AT = 64  # answered pairs on whose steps a member is seen to be saturated
 BLOCK_PAIRS = 32  # pairs of one forward and backward pass: activations stay in the second-level cache
 
 
@@ -173,7 +174,8 @@ class Fitting:
             without end (STAR).
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
             rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
-            times (H / 50)² for H, as answers are about sums of H rewards.
+            times (H / 50)² for H, as answers are about sums of H rewards. A member that got there all the same, where
+            nothing has a gradient any more, starts anew (`RewardEnsemble.renew_saturated`).
 
     Raises:
         ValueError: for a number out of range.
@@ -241,11 +243,14 @@ class Fitting:
         rows: np.ndarray | None = None,
         extra_gradient: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """Train every member on all answers, or those at `rows` (int64 [K]); returns `train_epochs`' metrics.
+        """Train every member on all answers, or those at `rows` (int64 [K]).
 
         Args:
             rng: shuffles and crops.
             extra_gradient: see `train_epochs`.
+
+        Returns:
+            `train_epochs`' metrics, and reward/renewed where members started anew.
         """
         labels, steps = preferences.prefers_first, preferences.length
         first, second = preferences.first, preferences.second
@@ -262,7 +267,8 @@ class Fitting:
                 answers = torch.lerp(answers, torch.full_like(answers, 0.5), self.label_smoothing)
             return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
 
-        return train_epochs(
+        renewed = reward.renew_saturated(_some_of(preferences), rng) if self.shrink and size else 0
+        metrics = train_epochs(
             reward,
             loss,
             size,
@@ -275,3 +281,11 @@ class Fitting:
             extra_gradient=extra_gradient,
             least_steps=self.least_steps,
         )
+        return metrics | ({"reward/renewed": float(renewed)} if renewed else {})
+
+
+def _some_of(preferences: Preferences) -> Segments:
+    """Both segments of up to `LOOKED_AT` answered pairs, evenly spread over all."""
+    rows = np.unique(np.linspace(0, len(preferences) - 1, LOOKED_AT).astype(int))
+    first, second = preferences.first[rows], preferences.second[rows]
+    return Segments(torch.cat([first.obs, second.obs]), torch.cat([first.actions, second.actions]))

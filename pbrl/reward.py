@@ -23,6 +23,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 OUTPUTS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
+SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of an output, by its value
+    "tanh": lambda r: 1 - r**2,
+    "sigmoid": lambda r: r * (1 - r),
+    "linear": np.ones_like,
+}
+SATURATED = 0.01  # slope of an output that training no longer moves, and how much rewards then differ
 BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
 PRECISIONS = ("fp32", "bf16")
 
@@ -109,6 +115,7 @@ class RewardEnsemble(nn.Module):
             output=(output, output in OUTPUTS, f"one of {', '.join(OUTPUTS)}"),
             precision=(precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         )
+        self.slope = SLOPES[output]
         self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -189,6 +196,31 @@ class RewardEnsemble(nn.Module):
             for scale, moments in zip((self.obs_scale, self.action_scale), session.moments(), strict=True):
                 scale.set(*moments)
         return {}
+
+    def renew_saturated(self, segments: Segments, rng: np.random.Generator) -> int:
+        """Give new weights to every member that pays all these steps alike because its output is saturated.
+
+        Such a member has no gradient, of the answers or of anything else, so it would stay like that. It shifts the
+        mean by a third, and where the others are sure it disagrees with them: rules that ask where members
+        disagree then ask what is known.
+
+        Args:
+            rng: used only if there is such a member.
+
+        Returns:
+            how many there were.
+        """
+        rewards = self.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
+        found = (np.ptp(rewards, axis=1) < SATURATED) & (self.slope(rewards).max(axis=1) < SATURATED)
+        for member in np.flatnonzero(found):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(rng.integers(2**31)))
+                for layer in self.members[int(member)].modules():
+                    if isinstance(layer, nn.Linear):
+                        layer.reset_parameters()
+            for parameter in self.members[int(member)].parameters():
+                self.optimizer.state.pop(parameter, None)
+        return int(found.sum())
 
     def state(self) -> dict[str, Any]:
         """Weights and optimiser, for a checkpoint."""

@@ -81,6 +81,40 @@ def test_shrinking_centres_the_rewards() -> None:
     assert np.abs(shrunk).max() < np.abs(free).max()
 
 
+@pytest.mark.parametrize("output", ["tanh", "sigmoid"])
+def test_a_saturated_member_starts_anew_and_learns(output: str) -> None:
+    """One at −1 everywhere has no gradient: seen on door-open, where `disagreement` then asked what was known."""
+    reward = RewardEnsemble(2, 2, members=3, hidden=(16,), output=output, learning_rate=1e-2, seed=0)
+    preferences = answered(40)
+    steps = preferences.first.obs.flatten(0, 1).numpy(), preferences.first.actions.flatten(0, 1).numpy()
+    changes = {"least_steps": 60, "shrink": 0.3}
+    fit = option("updater", "pebble-published", fit=changes).fit
+    published = option("updater", "pebble-published", fit={"least_steps": 60}).fit
+    assert "reward/renewed" not in fit(reward, preferences, np.random.default_rng(0))
+    with torch.no_grad():
+        reward.members[1][-2].bias.fill_(-30.0)
+    published(reward, preferences, np.random.default_rng(1))
+    assert np.ptp(reward.predict(*steps)[1]) < 1e-6  # as published it stays what it is
+    metrics = fit(reward, preferences, np.random.default_rng(1))
+    assert metrics["reward/renewed"] == 1
+    assert metrics["reward/accuracy"] > 0.9
+    assert np.ptp(reward.predict(*steps)[1]) > 0.1
+    assert "reward/renewed" not in fit(reward, preferences, np.random.default_rng(2))
+    assert len(reward.optimizer.state) == len(list(reward.parameters()))
+
+
+def test_members_that_differ_or_can_still_learn_are_left_alone() -> None:
+    reward = RewardEnsemble(2, 2, members=2, hidden=(16,), seed=0)
+    same = Segments(torch.ones(4, 5, 2), torch.ones(4, 5, 2))  # all steps alike: a constant, and not saturated
+    rng = np.random.default_rng(0)
+    assert reward.renew_saturated(same, rng) == 0
+    linear = RewardEnsemble(2, 2, members=2, hidden=(16,), output="linear", seed=0)
+    with torch.no_grad():
+        linear.members[0][-2].bias.fill_(-30.0)
+    assert linear.renew_saturated(same, rng) == 0
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
