@@ -200,9 +200,9 @@ class RewardEnsemble(nn.Module):
     def renew_saturated(self, segments: Segments, rng: np.random.Generator) -> int:
         """Give new weights to every member that pays all these steps alike because its output is saturated.
 
-        Such a member has no gradient, of the answers or of anything else, so it would stay like that. It shifts the
-        mean by a third, and where the others are sure it disagrees with them: rules that ask where members
-        disagree then ask what is known.
+        Such a member has next to no gradient, of the answers or of anything else, so it would stay like that. It shifts
+        the mean, and disagrees with the others where they are sure: rules that ask where members disagree then ask
+        what is known.
 
         Args:
             rng: used only if there is such a member.

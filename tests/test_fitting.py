@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,11 @@ def test_a_saturated_member_starts_anew_and_learns(output: str) -> None:
         reward.members[1][-2].bias.fill_(-30.0)
     published(reward, preferences, np.random.default_rng(1))
     assert np.ptp(reward.predict(*steps)[1]) < 1e-6  # as published it stays what it is
+    resumed = RewardEnsemble(2, 2, members=3, hidden=(16,), output=output, learning_rate=1e-2, seed=9)
+    resumed.load_state(copy.deepcopy(reward.state()))
     metrics = fit(reward, preferences, np.random.default_rng(1))
+    assert metrics == fit(resumed, preferences, np.random.default_rng(1))
+    np.testing.assert_array_equal(reward.predict(*steps), resumed.predict(*steps))
     assert metrics["reward/renewed"] == 1
     assert metrics["reward/accuracy"] > 0.9
     assert np.ptp(reward.predict(*steps)[1]) > 0.1
