@@ -67,9 +67,8 @@ def film_strip(agent: Any, env: Any, seed: int, frames: int, until: int | None =
     The episode is played twice with the same seed, as its length is known only at its end.
     """
     length, total, _ = _play(agent, env, seed, shown=set())
-    steps = np.unique(
-        np.linspace(0, length if until is None else min(length, until), frames).round().astype(int)
-    ).tolist()
+    last = length if until is None else min(length, until)
+    steps = np.unique(np.linspace(0, last, frames).round().astype(int)).tolist()
     _, _, pictures = _play(agent, env, seed, shown=set(steps))
     return steps, pictures, total
 
