@@ -114,6 +114,26 @@ def meta_world() -> Table:
     return table
 
 
+def figure_2() -> Table:
+    """Small agent, 500 answers: each method's success on each task, and its difference from PEBBLE as fitted here."""
+    kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
+    table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), "step of the first evaluation ≥ 90 %"]]
+    for folder in sorted((STORED / "figure-2").iterdir()):
+        found = {}
+        for method, runs in _methods(folder):
+            curves = [run.series("eval/success") for run in runs]
+            areas = np.array([float(area_under_curve(*curve)) for curve in curves])
+            last = np.array([values[at > 0.8 * at[-1]].mean() for at, values in curves])
+            steps = [float(first_reached(*curve, 0.9)) / 1000 for curve in curves]
+            found[method] = areas, last, steps, [run.seed for run in runs]
+        for method, (areas, last, steps, seeds) in found.items():
+            difference = "–" if method == "pebble" else _welch(areas, found["pebble"][0], "success")
+            shown = ", ".join("never" if np.isinf(step) else f"{step:.0f}k" for step in steps)
+            means = _mean(areas, "success"), _mean(last, "success")
+            table.append([folder.name, f"`{method}`", _listed(seeds, ""), *means, difference, shown])
+    return table
+
+
 def fp32_differences() -> Table:
     """A-PARL against PEBBLE with the same fitting, in fp32: Welch's interval and the seeds' ranks."""
     methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
@@ -384,6 +404,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "campaign": campaign,
     "agents": agents,
     "meta-world": meta_world,
+    "figure-2": figure_2,
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
@@ -459,11 +480,13 @@ def _mean(values: Array, unit: str = "return") -> str:
     return shown[0] if np.isnan(ends).any() else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def _welch(x: Array, y: Array) -> str:
+def _welch(x: Array, y: Array, unit: str = "return") -> str:
+    """Difference of the means and Welch's interval; a success rate's in points of a hundred."""
     from scipy.stats import ttest_ind
 
     low, high = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
-    return f"{x.mean() - y.mean():.0f} [{low:.0f}, {high:.0f}]"
+    scale = 100 if unit == "success" else 1
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(scale * value for value in (x.mean() - y.mean(), low, high)))
 
 
 def _time(ms: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -82,6 +83,7 @@ def train_epochs(
     least_steps: int = 0,
     max_steps: int | None = None,
     stop_over: str = "epoch",
+    even_batches: bool = True,
 ) -> dict[str, float]:
     """B-Pref's training of a reward ensemble (`train_reward` of its code), each member on its own shuffled batches.
 
@@ -100,6 +102,8 @@ def train_epochs(
         least_steps: optimiser steps before which it does not end, whatever the two limits above say.
         max_steps: optimiser steps at the most, in place of `max_epochs`.
         stop_over: what the accuracy is taken over: `epoch`, or `update`, all steps so far, looked at after each.
+        even_batches: an epoch's steps share its pairs evenly, none with more than `batch_size`; else all but the last
+            have `batch_size`. A last step of one or two pairs throws the fit back by as much as several others mend.
 
     Returns:
         reward/loss (nats per pair and member, last epoch), reward/accuracy, reward/epochs, reward/steps.
@@ -110,16 +114,17 @@ def train_epochs(
     last_step = max_epochs * steps_an_epoch if max_steps is None else max_steps
     max_epochs = -(-max(last_step, least_steps) // steps_an_epoch)
     last_step = max_epochs * steps_an_epoch if max_steps is None else max(max_steps, least_steps)
+    cuts = [size * step // steps_an_epoch if even_batches else step * batch_size for step in range(steps_an_epoch)]
     hits, decided, over = torch.zeros(()), torch.zeros(()), False
     for epoch in range(1, (max_epochs if size else 0) + 1):
         orders = [rng.permutation(size) for _ in members]
         losses, trained = torch.zeros(()), 0
         if stop_over == "epoch":
             hits, decided = torch.zeros(()), torch.zeros(())
-        for start in range(0, size, batch_size):
+        for start, end in pairwise([*cuts, size]):
             reward.optimizer.zero_grad(set_to_none=True)
             for m in members:
-                index = orders[m][start : start + batch_size]
+                index = orders[m][start:end]
                 for block in (index[i : i + BLOCK_PAIRS] for i in range(0, len(index), BLOCK_PAIRS)):
                     value, right, counted = loss(m, block)
                     (value * (len(block) / len(index))).backward()  # gradients add up to the whole's
@@ -129,13 +134,12 @@ def train_epochs(
             if extra_gradient is not None:
                 extra_gradient()
             reward.optimizer.step()
-            steps, trained = steps + 1, trained + len(orders[0][start : start + batch_size])
+            steps, trained = steps + 1, trained + end - start
             accuracy = float(hits / decided) if decided else 1.0
-            ends = start + batch_size >= size
             over = steps >= last_step or (
-                (ends or stop_over == "update") and accuracy > stop_accuracy and steps >= least_steps
+                (end == size or stop_over == "update") and accuracy > stop_accuracy and steps >= least_steps
             )
-            if over and not ends:
+            if over:
                 break
         mean_loss = float(losses) / (trained * len(members))
         if not np.isfinite(mean_loss):
@@ -159,6 +163,7 @@ class Fitting:
     Args:
         epochs: passes over the answers at the most, ≥ 1; not used where `steps_per_label` is given.
         batch_size: pairs per member and step, ≥ 1.
+        even_batches: see `train_epochs`.
         stop_accuracy: stop after the first epoch above it; above 1: never.
         least_steps: optimiser steps, ≥ 0, that both limits above wait for: with few answers they end too soon.
         steps_per_label: optimiser steps per answered pair, > 0, rounded up to a whole number of steps, in place of
@@ -183,6 +188,7 @@ class Fitting:
 
     epochs: int
     batch_size: int
+    even_batches: bool
     stop_accuracy: float
     least_steps: int
     steps_per_label: float | None
@@ -273,6 +279,7 @@ class Fitting:
             loss,
             size,
             batch_size=self.batch_size,
+            even_batches=self.even_batches,
             max_epochs=self.epochs,
             max_steps=None if self.steps_per_label is None else math.ceil(self.steps_per_label * size),
             stop_accuracy=self.stop_accuracy,

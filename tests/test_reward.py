@@ -129,6 +129,33 @@ def test_training_learns_unseen_preferences() -> None:
     assert hits / decided > 0.8  # 100 unseen pairs; guessing: 0.8 has probability 6e-10
 
 
+@pytest.mark.parametrize(
+    "size, even, expected",
+    [
+        (65, True, [21, 22, 22]),
+        (65, False, [32, 32, 1]),  # B-Pref's
+        (64, True, [32, 32]),
+        (33, True, [16, 17]),
+        (7, True, [7]),
+    ],
+)
+def test_an_epochs_steps_share_its_pairs_evenly(size: int, even: bool, expected: list[int]) -> None:
+    reward, sizes = RewardEnsemble(3, 1, members=2, hidden=(4,)), {0: [], 1: []}
+    seen: dict[int, list[int]] = {0: [], 1: []}
+
+    def loss(member: int, index: np.ndarray):
+        sizes[member].append(len(index))
+        seen[member] += index.tolist()
+        return next(reward.members[member].parameters()).sum(), torch.tensor(0), torch.tensor(1)
+
+    rng = np.random.default_rng(0)
+    options = {"batch_size": 32, "max_epochs": 2, "stop_accuracy": 2.0, "even_batches": even}
+    assert train_epochs(reward, loss, size, rng=rng, **options)["reward/steps"] == 2 * len(expected)  # type: ignore[arg-type]
+    for m in (0, 1):
+        assert sizes[m] == 2 * expected
+        assert sorted(seen[m]) == sorted(2 * list(range(size)))
+
+
 def fitted(size: int, precision: str = "fp32") -> tuple[RewardEnsemble, dict[str, float]]:
     """Three epochs of Adam on `size` pairs in one batch."""
     first, second, labels = linear_task(size)

@@ -25,7 +25,8 @@ ABSENT = {
     "crop": 0.0,
     "shrink": 0.0,
 }
-LATER = {"stop_over": "epoch", "pieces": 1, "label_smoothing": 0.0}  # what a fitting did before it had a key for it
+# what a fitting did before it had a key for it
+LATER = {"stop_over": "epoch", "pieces": 1, "label_smoothing": 0.0, "even_batches": False}
 AGENT = {  # what its first versions were
     "precision": "fp32",
     "compile": False,

@@ -27,6 +27,7 @@ from pbrl.types import PolicyView, Session
 FOLD_FIT = Fitting(
     epochs=1,
     batch_size=32,
+    even_batches=True,
     stop_accuracy=2.0,
     least_steps=100,
     steps_per_label=None,
