@@ -74,8 +74,10 @@ def campaign() -> Table:
     """walker-walk, 100 answers: standardised inputs and pessimistic pay beside PEBBLE, run by run."""
     steps = range(0, 100_001, 10_000)
     table = [["seed", "method", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    says = {"pebble": "PEBBLE", "cand": "the same, standardised, pessimism 1"}
-    for name, runs in reversed(_methods(STORED / "campaign" / "walker-walk")):
+    says = {"pebble": "PEBBLE", "pebble-even": "the same, even batches", "cand": "PEBBLE, standardised, pessimism 1"}
+    found = dict(_methods(STORED / "campaign" / "walker-walk"))
+    for name in says:
+        runs = found[name]
         for run, area in zip(runs, _areas(runs), strict=True):
             values = dict(zip(*run.series("eval/return"), strict=True))
             table.append([str(run.seed), says[name], *(f"{values[step]:.0f}" for step in steps), f"{area:.0f}"])
@@ -119,7 +121,7 @@ def uneven_batches() -> Table:
     answers = (175, 200, 225, 250, 275)
     table = [["loss on the answers, nats", "runs", *(f"{count} answers" for count in answers)]]
     found: dict[bool, list[list[float]]] = {False: [], True: []}
-    for run in find_runs([STORED / "meta-world", *(STORED / "figure-2").iterdir()]):
+    for run in find_runs([STORED / "meta-world", STORED / "figure-2"]):
         losses = dict(zip(run.series("feedback/labels")[1], run.series("reward/loss")[1], strict=True))
         if run.updater == "pebble" and set(answers) <= set(losses):
             found[bool(run.setting("updater.fit.even_batches"))].append([losses[count] for count in answers])
@@ -133,7 +135,7 @@ def figure_2() -> Table:
     """Small agent, 500 answers: each method's success on each task, and its difference from PEBBLE as fitted here."""
     kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
     table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), "step of the first evaluation ≥ 90 %"]]
-    for folder in sorted((STORED / "figure-2").iterdir()):
+    for folder in sorted(path for path in (STORED / "figure-2").iterdir() if path.is_dir()):
         found = {}
         for method, runs in _methods(folder):
             curves = [run.series("eval/success") for run in runs]
