@@ -125,7 +125,8 @@ def uneven_batches() -> Table:
         losses = dict(zip(run.series("feedback/labels")[1], run.series("reward/loss")[1], strict=True))
         if run.updater == "pebble" and set(answers) <= set(losses):
             found[bool(run.setting("updater.fit.even_batches"))].append([losses[count] for count in answers])
-    for even, name in ((False, "seven steps of 32 pairs, then what is left"), (True, "steps that share the pairs evenly")):
+    says = {False: "seven steps of 32 pairs, then what is left", True: "steps that share the pairs evenly"}
+    for even, name in says.items():
         means = np.mean(found[even], axis=0)
         table.append([name, str(len(found[even])), *(f"{value:.2f}" for value in means)])
     return table
