@@ -103,7 +103,7 @@ def train_epochs(
         max_steps: optimiser steps at the most, in place of `max_epochs`.
         stop_over: what the accuracy is taken over: `epoch`, or `update`, all steps so far, looked at after each.
         even_batches: an epoch's steps share its pairs evenly, none with more than `batch_size`; else all but the last
-            have `batch_size`. A last step of one or two pairs throws the fit back by as much as several others mend.
+            have `batch_size` (B-Pref). A last step of one pair then moves the networks as far as one of 32.
 
     Returns:
         reward/loss (nats per pair and member, last epoch), reward/accuracy, reward/epochs, reward/steps.

@@ -53,6 +53,7 @@ def fitted(**options: Any) -> dict[str, Any]:
 def test_the_flat_values_of_a_fitting_become_its_node() -> None:
     ours = OmegaConf.to_container(config("env=pointmass", "updater=pebble")[0].updater.fit, resolve=True)
     published = OmegaConf.to_container(config("env=pointmass", "updater=pebble-published")[0].updater.fit, resolve=True)
+    assert ours["even_batches"] and not published["even_batches"]
     for target in ("pebble.Pebble", "aparl.APARL", "penalty.Penalty"):
         assert fitted(_target_=f"pbrl.updaters.{target}", **FLAT) == ours | {"even_batches": False}
     assert fitted(_target_="pbrl.updaters.mrn.Mrn", epochs=50, batch_size=128, stop_accuracy=0.97) == published
