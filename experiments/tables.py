@@ -135,21 +135,23 @@ def uneven_batches() -> Table:
 def figure_2() -> Table:
     """Small agent, 500 answers: each method's success on each task, and its difference from PEBBLE as fitted here."""
     kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
-    table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), "step of the first evaluation ≥ 90 %"]]
+    first = "step (answers) of the first evaluation ≥ 90 %"
+    table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), first]]
     for folder in sorted(path for path in (STORED / "figure-2").iterdir() if path.is_dir()):
         found = {}
         for method, runs in _methods(folder):
             curves = [run.series("eval/success") for run in runs]
             areas = np.array([float(area_under_curve(*curve)) for curve in curves])
             last = np.array([values[at > 0.8 * at[-1]].mean() for at, values in curves])
-            steps = [float(first_reached(*curve, 0.9)) / 1000 for curve in curves]
-            found[method] = areas, last, steps, [run.seed for run in runs]
-        for method, (areas, last, steps, seeds) in found.items():
+            reached = [float(first_reached(*curve, 0.9)) for curve in curves]
+            answers = [float(run.labels_at(np.array([step]))[0]) for run, step in zip(runs, reached, strict=True)]
+            found[method] = areas, last, list(zip(reached, answers, strict=True)), [run.seed for run in runs]
+        for method, (areas, last, firsts, seeds) in found.items():
             compared = method != "pebble" and "pebble" in found
             difference = _welch(areas, found["pebble"][0], "success") if compared else "–"
-            shown = ", ".join("never" if np.isinf(step) else f"{step:.0f}k" for step in steps)
+            shown = ["never" if np.isinf(step) else f"{step / 1000:.0f}k ({count:.0f})" for step, count in firsts]
             means = _mean(areas, "success"), _mean(last, "success")
-            table.append([folder.name, f"`{method}`", _listed(seeds, ""), *means, difference, shown])
+            table.append([folder.name, f"`{method}`", _listed(seeds, ""), *means, difference, ", ".join(shown)])
     return table
 
 
