@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,12 @@ def uneven_batches() -> Table:
     return table
 
 
-def figure_2() -> Table:
-    """Small agent, 500 answers: each method's success on each task, and its difference from PEBBLE as fitted here."""
+def successes(name: str) -> Table:
+    """Small agent on Meta-World: each way's success on each task, and its difference from PEBBLE as fitted here."""
     kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
     first = "step (answers) of the first evaluation ≥ 90 %"
     table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), first]]
-    for folder in sorted(path for path in (STORED / "figure-2").iterdir() if path.is_dir()):
+    for folder in sorted(path for path in (STORED / name).iterdir() if path.is_dir()):
         found = {}
         for method, runs in _methods(folder):
             curves = [run.series("eval/success") for run in runs]
@@ -426,7 +427,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "agents": agents,
     "meta-world": meta_world,
     "uneven-batches": uneven_batches,
-    "figure-2": figure_2,
+    "figure-2": partial(successes, "figure-2"),
+    "noisier": partial(successes, "noisier"),
+    "standardised": partial(successes, "standardised"),
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
