@@ -429,7 +429,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "uneven-batches": uneven_batches,
     "figure-2": partial(successes, "figure-2"),
     "noisier": partial(successes, "noisier"),
-    "standardised": partial(successes, "standardised"),
+    "random-pairs": partial(successes, "random-pairs"),
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
