@@ -506,12 +506,16 @@ def _mean(values: Array, unit: str = "return") -> str:
 
 
 def _welch(x: Array, y: Array, unit: str = "return") -> str:
-    """Difference of the means and Welch's interval; a success rate's in points of a hundred."""
+    """Difference of the means and, of two scores or more on either side, Welch's interval; a success rate's in points
+    of a hundred."""
     from scipy.stats import ttest_ind
 
-    low, high = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
     scale = 100 if unit == "success" else 1
-    return "{:.0f} [{:.0f}, {:.0f}]".format(*(scale * value for value in (x.mean() - y.mean(), low, high)))
+    shown = f"{scale * (x.mean() - y.mean()):.0f}"
+    if min(len(x), len(y)) < 2:
+        return shown
+    low, high = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+    return f"{shown} [{scale * low:.0f}, {scale * high:.0f}]"
 
 
 def _time(ms: float) -> str:
