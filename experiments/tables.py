@@ -72,10 +72,11 @@ def evidence() -> Table:
 
 
 def campaign() -> Table:
-    """walker-walk, 100 answers: standardised inputs and pessimistic pay beside PEBBLE, run by run."""
+    """walker-walk, 100 answers: what was tried beside PEBBLE as fitted here, run by run."""
     steps = range(0, 100_001, 10_000)
     table = [["seed", "method", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    says = {"pebble": "PEBBLE", "pebble-even": "the same, even batches", "cand": "PEBBLE, standardised, pessimism 1"}
+    says = {"pebble": "PEBBLE", "cand": "PEBBLE, standardised, pessimism 1", "pebble-even": "PEBBLE, even batches"}
+    says |= {"pebble-uniform": "the same, random pairs", "pebble-temperature": "the same, `agent.temperature_lr=1e-3`"}
     found = dict(_methods(STORED / "campaign" / "walker-walk"))
     for name in says:
         runs = found[name]
@@ -142,8 +143,7 @@ def successes(name: str) -> Table:
         found = {}
         for method, runs in _methods(folder):
             curves = [run.series("eval/success") for run in runs]
-            areas = np.array([float(area_under_curve(*curve)) for curve in curves])
-            last = np.array([values[at > 0.8 * at[-1]].mean() for at, values in curves])
+            areas, last = _success(runs)
             reached = [float(first_reached(*curve, 0.9)) for curve in curves]
             answers = [float(run.labels_at(np.array([step]))[0]) for run, step in zip(runs, reached, strict=True)]
             found[method] = areas, last, list(zip(reached, answers, strict=True)), [run.seed for run in runs]
@@ -153,6 +153,23 @@ def successes(name: str) -> Table:
             shown = ["never" if np.isinf(step) else f"{step / 1000:.0f}k ({count:.0f})" for step, count in firsts]
             means = _mean(areas, "success"), _mean(last, "success")
             table.append([folder.name, f"`{method}`", _listed(seeds, ""), *means, difference, ", ".join(shown)])
+    return table
+
+
+def window_open() -> Table:
+    """window-open, small agent, 500 answers: every way that was run, over all its seeds."""
+    found: dict[str, list[Run]] = {}
+    for folder in ("figure-2", "noisier", "random-pairs"):
+        for method, runs in _methods(STORED / folder / "window-open"):
+            found.setdefault(method, []).extend(runs)
+    kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
+    table = [["window-open", "seeds", *(f"{kind} [95 %]" for kind in kinds), "seeds with ≥ 90 % over the last fifth"]]
+    pebble, _ = _success(found["pebble"])
+    for method, runs in sorted(found.items(), key=lambda item: (item[0] == ORACLE, -len(item[1]), item[0])):
+        areas, last = _success(runs)
+        means = [_mean(values, "success") for values in (areas, last)]
+        difference = "–" if method == "pebble" else _welch(areas, pebble, "success")
+        table.append([f"`{method}`", str(len(runs)), *means, difference, f"{(last >= 0.9).sum()} of {len(runs)}"])
     return table
 
 
@@ -429,6 +446,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "uneven-batches": uneven_batches,
     "figure-2": partial(successes, "figure-2"),
     "noisier": partial(successes, "noisier"),
+    "window-open": window_open,
     "random-pairs": partial(successes, "random-pairs"),
     "fp32-differences": fp32_differences,
     "reached": reached,
@@ -494,6 +512,13 @@ def _finals(runs: Sequence[Run], metric: str) -> Array:
 
 def _areas(runs: Sequence[Run]) -> Array:
     return np.array([float(area_under_curve(*run.series("eval/return"))) for run in runs])
+
+
+def _success(runs: Sequence[Run]) -> tuple[Array, Array]:
+    """Each run's area under the success curve, and its mean success over the last fifth of its steps."""
+    curves = [run.series("eval/success") for run in runs]
+    last = [values[at > 0.8 * at[-1]].mean() for at, values in curves]
+    return np.array([float(area_under_curve(*curve)) for curve in curves]), np.array(last)
 
 
 def _mean(values: Array, unit: str = "return") -> str:
