@@ -26,6 +26,11 @@ from pbrl.comparing.statistics import Array, area_under_curve, first_reached, im
 STORED = Path(__file__).parent / "results"
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n((?:[ ]*\|.*\n)*)")
 Table = list[list[str]]
+SUCCESS = [  # columns of `_success_cells`
+    "area under the success curve [95 %]",
+    "success over the last fifth [95 %]",
+    "the area, less `pebble`'s [95 %]",
+]
 
 
 def first_light() -> Table:
@@ -113,8 +118,7 @@ def meta_world() -> Table:
     for run in find_runs([STORED / "meta-world"]):
         success, returns = (dict(zip(*run.series(f"eval/{name}"), strict=True)) for name in ("success", "return"))
         cells = [f"{success[step]:.0%}, {returns[step]:.0f}" if step in success else "–" for step in steps]
-        last = [value for step, value in success.items() if step > 0.8 * max(success)]
-        table.append([Path(run.source).name, *cells, f"{np.mean(last):.0%}"])
+        table.append([Path(run.source).name, *cells, f"{_last_fifth(run):.0%}"])
     return table
 
 
@@ -136,40 +140,33 @@ def uneven_batches() -> Table:
 
 def successes(name: str) -> Table:
     """Small agent on Meta-World: each way's success on each task, and its difference from PEBBLE as fitted here."""
-    kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
-    first = "step (answers) of the first evaluation ≥ 90 %"
-    table = [["task", "method", "seeds", *(f"{kind} [95 %]" for kind in kinds), first]]
+    table = [["task", "method", "seeds", *SUCCESS, "step (answers) of the first evaluation ≥ 90 %"]]
     for folder in sorted(path for path in (STORED / name).iterdir() if path.is_dir()):
-        found = {}
-        for method, runs in _methods(folder):
-            curves = [run.series("eval/success") for run in runs]
-            areas, last = _success(runs)
-            reached = [float(first_reached(*curve, 0.9)) for curve in curves]
+        found = dict(_methods(folder))
+        for method, runs in found.items():
+            reached = [float(first_reached(*run.series("eval/success"), 0.9)) for run in runs]
             answers = [float(run.labels_at(np.array([step]))[0]) for run, step in zip(runs, reached, strict=True)]
-            found[method] = areas, last, list(zip(reached, answers, strict=True)), [run.seed for run in runs]
-        for method, (areas, last, firsts, seeds) in found.items():
-            compared = method != "pebble" and "pebble" in found
-            difference = _welch(areas, found["pebble"][0], "success") if compared else "–"
-            shown = ["never" if np.isinf(step) else f"{step / 1000:.0f}k ({count:.0f})" for step, count in firsts]
-            means = _mean(areas, "success"), _mean(last, "success")
-            table.append([folder.name, f"`{method}`", _listed(seeds, ""), *means, difference, ", ".join(shown)])
+            firsts = [
+                "never" if np.isinf(step) else f"{step / 1000:.0f}k ({count:.0f})"
+                for step, count in zip(reached, answers, strict=True)
+            ]
+            seeds = _listed([run.seed for run in runs], "")
+            cells = _success_cells(runs, found.get("pebble", runs))
+            table.append([folder.name, f"`{method}`", seeds, *cells, ", ".join(firsts)])
     return table
 
 
 def window_open() -> Table:
     """window-open, small agent, 500 answers: every way that was run, over all its seeds."""
     found: dict[str, list[Run]] = {}
-    for folder in ("figure-2", "noisier", "random-pairs"):
+    for folder in ("figure-2", "noisier", "seeds-40-44"):
         for method, runs in _methods(STORED / folder / "window-open"):
             found.setdefault(method, []).extend(runs)
-    kinds = ["area under the success curve", "success over the last fifth", "the area, less `pebble`'s"]
-    table = [["window-open", "seeds", *(f"{kind} [95 %]" for kind in kinds), "seeds with ≥ 90 % over the last fifth"]]
-    pebble, _ = _success(found["pebble"])
+    table = [["window-open", "seeds", *SUCCESS, "seeds with ≥ 90 % over the last fifth"]]
     for method, runs in sorted(found.items(), key=lambda item: (item[0] == ORACLE, -len(item[1]), item[0])):
-        areas, last = _success(runs)
-        means = [_mean(values, "success") for values in (areas, last)]
-        difference = "–" if method == "pebble" else _welch(areas, pebble, "success")
-        table.append([f"`{method}`", str(len(runs)), *means, difference, f"{(last >= 0.9).sum()} of {len(runs)}"])
+        high = sum(_last_fifth(run) >= 0.9 for run in runs)
+        cells = _success_cells(runs, found["pebble"])
+        table.append([f"`{method}`", str(len(runs)), *cells, f"{high} of {len(runs)}"])
     return table
 
 
@@ -447,7 +444,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "figure-2": partial(successes, "figure-2"),
     "noisier": partial(successes, "noisier"),
     "window-open": window_open,
-    "random-pairs": partial(successes, "random-pairs"),
+    "seeds-40-44": partial(successes, "seeds-40-44"),
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
@@ -514,11 +511,20 @@ def _areas(runs: Sequence[Run]) -> Array:
     return np.array([float(area_under_curve(*run.series("eval/return"))) for run in runs])
 
 
-def _success(runs: Sequence[Run]) -> tuple[Array, Array]:
-    """Each run's area under the success curve, and its mean success over the last fifth of its steps."""
-    curves = [run.series("eval/success") for run in runs]
-    last = [values[at > 0.8 * at[-1]].mean() for at, values in curves]
-    return np.array([float(area_under_curve(*curve)) for curve in curves]), np.array(last)
+def _last_fifth(run: Run) -> float:
+    """Mean success over the evaluations in the last fifth of its steps."""
+    at, values = run.series("eval/success")
+    return float(values[at > 0.8 * at[-1]].mean())
+
+
+def _success_cells(runs: Sequence[Run], pebble: Sequence[Run]) -> list[str]:
+    """What `SUCCESS` names; no difference of runs from themselves."""
+    areas, others = (
+        np.array([float(area_under_curve(*run.series("eval/success"))) for run in some]) for some in (runs, pebble)
+    )
+    last = np.array([_last_fifth(run) for run in runs])
+    difference = "–" if runs is pebble else _welch(areas, others, "success")
+    return [_mean(areas, "success"), _mean(last, "success"), difference]
 
 
 def _mean(values: Array, unit: str = "return") -> str:

@@ -54,3 +54,4 @@ def test_the_difference_is_welchs() -> None:
     x, y = np.array([1.0, 2.0, 3.0]) * 100, np.array([2.0, 4.0, 9.0]) * 100
     half = 100 * np.sqrt(14 / 3) * t.ppf(0.975, (14 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (13 / 3) ** 2 / 2))
     assert tables._welch(x, y) == f"-300 [{-300 - half:.0f}, {-300 + half:.0f}]"
+    assert tables._welch(x[:1], y) == "-400", "one score has no interval"
