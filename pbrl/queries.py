@@ -28,6 +28,8 @@ class QueryRule(ABC):
         recent_episodes: draw only from that many last episodes (QPA's policy-aligned queries); null: all kept ones.
         branch_share: share of the questions that are branch pairs, two continuations by the present policy from one
             stored simulator state; their steps count as environment steps.
+        against_kept: with `recent_episodes`, only one clip of each pair is recent, the other from everything kept:
+            whether the policy does better than it did is what over-optimisation gets wrong.
 
     Raises:
         ValueError: for a number out of range.
@@ -36,6 +38,7 @@ class QueryRule(ABC):
     pool: int = 10
     recent_episodes: int | None = None
     branch_share: float = 0.0
+    against_kept: bool = False
 
     from_the_start = False  # chooses the first session's pairs too; else those are random
 
@@ -46,6 +49,11 @@ class QueryRule(ABC):
             pool=(self.pool, self.pool >= 1, "at least 1 candidate per question"),
             recent_episodes=(recent, recent is None or recent >= 1, "at least 1, or null for all"),
             branch_share=(self.branch_share, 0 <= self.branch_share <= 1, "a share in [0, 1]"),
+            against_kept=(
+                self.against_kept,
+                not self.against_kept or recent is not None,
+                "false without recent_episodes",
+            ),
         )
 
     @property

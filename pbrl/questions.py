@@ -94,10 +94,13 @@ class Questions:
     def _choose(self, rule: QueryRule, count: int, since: int, fresh: bool) -> Query:
         """The rule's choice of `count` questions about what happened from step index `since` on."""
         parts, episodes = self.parts, self.parts.query.recent_episodes
+        other_since = None
         if episodes is not None:
+            other_since = since if self.parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes))
-        margin = parts.updater.margin
-        candidates = parts.rollouts.query(count * rule.pool, self.segment_length, self.rng, since, margin)
+        candidates = parts.rollouts.query(
+            count * rule.pool, self.segment_length, self.rng, since, parts.updater.margin, other_since
+        )
         chosen = rule(candidates, count, parts.reward, parts.preferences, self.rng)
         return _marked(candidates[chosen], fresh)
 

@@ -115,25 +115,42 @@ class Rollouts:
             torch.from_numpy(np.array(starts, np.int64)),
         )
 
-    def _draw(self, count: int, length: int, rng: np.random.Generator, since: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, count: int, length: int, rng: np.random.Generator, since: int) -> np.ndarray:
         legal = self.starts(length, since)
         if len(legal) == 0:
             raise ValueError(
                 f"no stored episode has {length} steps since step {since} ({self.total} steps stored so far); "
                 "shorten segment_length, or ask later (feedback.start)"
             )
-        return legal[rng.integers(len(legal), size=count)], legal[rng.integers(len(legal), size=count)]
+        return legal[rng.integers(len(legal), size=count)]
 
     def unlabelled(
         self, count: int, length: int, rng: np.random.Generator, since: int = 0
     ) -> tuple[Segments, Segments]:
         """`count` uniformly drawn pairs, with replacement, without any reward."""
-        first, second = self._draw(count, length, rng, since)
+        first, second = (self._draw(count, length, rng, since) for _ in range(2))
         return self.segments(first, length), self.segments(second, length)
 
-    def query(self, count: int, length: int, rng: np.random.Generator, since: int = 0, margin: int = 0) -> Query:
-        """`count` uniformly drawn pairs as a `Query`, `margin` extra steps kept on both sides as its context."""
-        first, second = self._draw(count, length + 2 * margin, rng, since)
+    def query(
+        self,
+        count: int,
+        length: int,
+        rng: np.random.Generator,
+        since: int = 0,
+        margin: int = 0,
+        other_since: int | None = None,
+    ) -> Query:
+        """`count` uniformly drawn pairs as a `Query`, `margin` extra steps kept on both sides as its context.
+
+        Both segments begin at step index `since` or later; if `other_since` is given, only one of them does, the first
+        or the second by chance, and the other begins there or later.
+        """
+        wide = length + 2 * margin
+        first = self._draw(count, wide, rng, since)
+        second = self._draw(count, wide, rng, since if other_since is None else other_since)
+        if other_since is not None:
+            swap = rng.random(count) < 0.5
+            first, second = np.where(swap, second, first), np.where(swap, first, second)
         return self.query_at(first, second, length, margin)
 
     def query_at(self, first: np.ndarray, second: np.ndarray, length: int, margin: int = 0) -> Query:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pbrl.agent.replay import RelabelReplay
 from tests.conftest import config, option, point_mass_agent, tiny_loop
@@ -48,6 +49,17 @@ def test_near_policy_queries_come_from_the_last_episodes(tmp_path: Path) -> None
     query = loop.questions.select(first=False)
     recent = loop.parts.rollouts.obs[200:250]  # episodes of 50 steps; the sixth has not begun
     assert {tuple(o) for o in query.first.obs[:, 0].tolist()} <= {tuple(o) for o in recent.tolist()}
+    loop.close(True)
+
+
+def test_one_clip_of_a_pair_comes_from_the_last_episodes_and_the_other_from_everything(tmp_path: Path) -> None:
+    few = ("query=near-policy", "query.recent_episodes=2", "query.against_kept=true", "total_steps=250")
+    loop = tiny_loop(tmp_path / "run", *few)
+    loop.run()
+    queries = [loop.questions.select(first=False) for _ in range(20)]
+    starts = torch.cat([torch.stack([query.first.step, query.second.step]) for query in queries], dim=1)
+    assert (starts.amax(0) >= 200).all()
+    assert (starts.amin(0) < 200).float().mean() > 0.5
     loop.close(True)
 
 

@@ -69,6 +69,18 @@ def test_recent_episodes_include_the_running_one() -> None:
     assert rollouts.since_episodes(99) == 0
 
 
+def test_of_a_pair_only_one_side_or_both_begin_lately() -> None:
+    rollouts = filled([10] * 10)
+    both = rollouts.query(500, 5, np.random.default_rng(0), since=80)
+    assert min(both.first.step.min(), both.second.step.min()) == 80
+    one = rollouts.query(500, 5, np.random.default_rng(0), since=80, other_since=20)
+    starts = torch.stack([one.first.step, one.second.step])
+    assert starts.min() == 20
+    assert (starts.amax(0) >= 80).all()
+    lately = (starts >= 80).float().mean(1)  # of the other side two in eight are late by chance
+    assert ((lately > 0.5) & (lately < 0.75)).all(), "the late one is the first as often as the second"
+
+
 def test_mean_task_reward_is_per_step_and_without_a_spurious_zero() -> None:
     rollouts = Rollouts(10, 2, 1)
     assert np.isnan(rollouts.mean_task_reward)
