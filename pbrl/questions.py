@@ -94,13 +94,11 @@ class Questions:
     def _choose(self, rule: QueryRule, count: int, since: int, fresh: bool) -> Query:
         """The rule's choice of `count` questions about what happened from step index `since` on."""
         parts, episodes = self.parts, self.parts.query.recent_episodes
-        other_since = None
+        length, margin, other_since = self.segment_length, parts.updater.margin, None
         if episodes is not None:
-            other_since = since if self.parts.query.against_kept else None
-            since = max(since, parts.rollouts.since_episodes(episodes))
-        candidates = parts.rollouts.query(
-            count * rule.pool, self.segment_length, self.rng, since, parts.updater.margin, other_since
-        )
+            other_since = since if parts.query.against_kept else None
+            since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
+        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
         chosen = rule(candidates, count, parts.reward, parts.preferences, self.rng)
         return _marked(candidates[chosen], fresh)
 

@@ -89,10 +89,16 @@ class Rollouts:
         first = np.arange(max(since, self.total - self.capacity, 0), self.total - length + 1)
         return first[self.episode[first % self.capacity] == self.episode[(first + length - 1) % self.capacity]]
 
-    def since_episodes(self, count: int) -> int:
-        """Index of the first kept step of the last `count` episodes (the running one included)."""
+    def since_episodes(self, count: int, length: int) -> int:
+        """Index of the first kept step of the last `count` episodes (the running one included).
+
+        More of them if else no `length` steps of one episode were among them: the running one may have just begun.
+        """
         kept = np.arange(max(self.total - self.capacity, 0), self.total)
-        recent = kept[self.episode[kept % self.capacity] > self.episodes - count]
+        before = self.episodes - count
+        if len(long_enough := self.starts(length)):
+            before = min(before, int(self.episode[long_enough[-1] % self.capacity]) - 1)
+        recent = kept[self.episode[kept % self.capacity] > before]
         return int(recent[0]) if len(recent) else self.total
 
     def steps(self, since: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

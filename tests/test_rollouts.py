@@ -64,9 +64,15 @@ def test_too_short_a_history_is_an_error_that_says_so() -> None:
 
 def test_recent_episodes_include_the_running_one() -> None:
     rollouts = filled([10, 10, 10])
-    assert rollouts.since_episodes(1) == 30  # a new episode is about to begin
-    assert rollouts.since_episodes(2) == 20
-    assert rollouts.since_episodes(99) == 0
+    assert rollouts.since_episodes(2, length=10) == 20  # a new episode is about to begin
+    assert rollouts.since_episodes(99, length=10) == 0
+
+
+def test_recent_episodes_are_more_where_none_is_long_enough_for_a_clip() -> None:
+    rollouts = filled([10, 10, 3])
+    assert rollouts.since_episodes(1, length=4) == 10
+    assert rollouts.since_episodes(2, length=3) == 20
+    assert filled([3]).since_episodes(1, length=10) == 3, "none has ten: the draw says so"
 
 
 def test_of_a_pair_only_one_side_or_both_begin_lately() -> None:
