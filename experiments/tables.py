@@ -172,7 +172,7 @@ def successes(name: str) -> Table:
 def window_open() -> Table:
     """window-open, small agent, 500 answers: every way that was run, over all its seeds."""
     found: dict[str, list[Run]] = {}
-    for folder in ("figure-2", "noisier", "seeds-40-44", "against-kept"):
+    for folder in ("figure-2", "noisier", "seeds-40-44", "seeds-50-64"):
         for method, runs in _methods(STORED / folder / "window-open"):
             found.setdefault(method, []).extend(runs)
     gap = "mean `reward/gap`, steps 8000 to 21,000"
@@ -461,6 +461,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "noisier": partial(successes, "noisier"),
     "window-open": window_open,
     "seeds-40-44": partial(successes, "seeds-40-44"),
+    "seeds-50-64": partial(successes, "seeds-50-64"),
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
