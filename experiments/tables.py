@@ -120,7 +120,7 @@ def true_reward() -> Table:
         runs = [run for run in dict(_methods(folder))["lnc-ar2"] if run.seed >= 20]
         last = np.array([run.series("eval/return")[1][-1] for run in runs])
         seeds = _listed([run.seed for run in runs], "")
-        table.append([task, seeds, _listed(last, ".0f"), _mean(last), f"{sac}, {simba}"])
+        table.append([task, seeds, _listed(list(last), ".0f"), _mean(last), f"{sac}, {simba}"])
     return table
 
 
