@@ -52,7 +52,7 @@ class QueryRule(ABC):
             against_kept=(
                 self.against_kept,
                 not self.against_kept or recent is not None,
-                "false without recent_episodes",
+                "false, or a number for query.recent_episodes",
             ),
         )
 

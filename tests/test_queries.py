@@ -164,7 +164,7 @@ def test_k_center_with_a_score_keeps_enough_candidates() -> None:
         (lambda: Uniform(pool=0), "query.pool=0"),
         (lambda: Uniform(recent_episodes=0), "query.recent_episodes=0"),
         (lambda: Uniform(branch_share=1.5), "query.branch_share=1.5"),
-        (lambda: Uniform(against_kept=True), "query.against_kept=True; expected false without recent_episodes"),
+        (lambda: Uniform(against_kept=True), "query.against_kept=True; expected false, or a number"),
         (lambda: Score(score="novelty"), "query.score=novelty"),
         (lambda: KCenter(score="novelty"), "query.score=novelty"),
     ],
