@@ -118,7 +118,7 @@ def true_reward() -> Table:
     for task, (sac, simba) in published.items():
         folder = STORED / "agent" / "true-reward" if task == "walker-walk" else STORED / "true-reward" / task
         runs = [run for run in dict(_methods(folder))["lnc-ar2"] if run.seed >= 20]
-        last = np.array([run.series("eval/return")[1][-1] for run in runs])
+        last = np.array([dict(zip(*run.series("eval/return"), strict=True))[50_000] for run in runs])  # actions
         seeds = _listed([run.seed for run in runs], "")
         table.append([task, seeds, _listed(list(last), ".0f"), _mean(last), f"{sac}, {simba}"])
     return table
