@@ -1,4 +1,4 @@
-"""The learned reward: an ensemble of small networks r_phi(s, a), trained together by one optimiser (PEBBLE, B-Pref)."""
+"""The learned reward: an ensemble of small networks r_phi(s, a), or r_phi(s), trained together by one optimiser (PEBBLE, B-Pref)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Layers(nn.Sequential):
 
 
 class RewardEnsemble(nn.Module):
-    """M independent reward networks over the concatenated observation and action.
+    """M independent reward networks over the concatenated observation and action, or over the observation alone.
 
     Args:
         obs_dim, act_dim: sizes of one observation and one action.
@@ -81,6 +81,7 @@ class RewardEnsemble(nn.Module):
         precision: fp32, or bf16: hidden layers' products in bfloat16, in training and for more than one row.
         normalise: standardise observations and actions by their mean and deviation over the replay when the first
             answers are fitted, and by the same from then on (see `pretrain`).
+        sees_actions: whether its inputs are observation and action, r(s, a); else the observation alone, r(s).
         pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay: see `pbrl.pay.Pay`.
 
     Raises:
@@ -99,6 +100,7 @@ class RewardEnsemble(nn.Module):
         seed: int = 0,
         precision: str = "fp32",
         normalise: bool = False,
+        sees_actions: bool = True,
         pessimism: float = 0.0,
         pessimism_decay: float = 0.0,
         lowest_of: int = 1,
@@ -115,17 +117,18 @@ class RewardEnsemble(nn.Module):
             output=(output, output in OUTPUTS, f"one of {', '.join(OUTPUTS)}"),
             precision=(precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         )
-        self.slope = SLOPES[output]
+        self.slope, self.sees_actions = SLOPES[output], sees_actions
         self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            size = obs_dim + act_dim if sees_actions else obs_dim
             self.members = nn.ModuleList(
-                self._build(obs_dim + act_dim, hidden, ACTIVATIONS[activation], OUTPUTS[output]) for _ in range(members)
+                self._build(size, hidden, ACTIVATIONS[activation], OUTPUTS[output]) for _ in range(members)
             )
         for member in self.members:
             member.bf16 = precision == "bf16"  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
-        self.obs_scale, self.action_scale = Standardise(obs_dim, normalise), Standardise(act_dim, normalise)
+        self.obs_scale, self.action_scale = Standardise(obs_dim, normalise), Standardise(act_dim, normalise and sees_actions)
 
     @staticmethod
     def _build(
@@ -168,11 +171,15 @@ class RewardEnsemble(nn.Module):
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)).numpy()
 
     def _inputs(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """The members' inputs: float32 [..., obs_dim + act_dim]."""
+        """The members' inputs: float32 [..., obs_dim + act_dim], or [..., obs_dim] if they do not see actions."""
+        if not self.sees_actions:
+            return self.obs_scale(obs)
         return torch.cat([self.obs_scale(obs), self.action_scale(actions)], dim=-1)
 
     def _row(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """The members' inputs at one step."""
+        if not self.sees_actions:
+            return self.obs_scale.row(obs)
         return np.concatenate([self.obs_scale.row(obs), self.action_scale.row(actions)])
 
     @torch.no_grad()
@@ -194,7 +201,8 @@ class RewardEnsemble(nn.Module):
         """
         if self.obs_scale.on and not self.obs_scale.known:
             for scale, moments in zip((self.obs_scale, self.action_scale), session.moments(), strict=True):
-                scale.set(*moments)
+                if scale.on:
+                    scale.set(*moments)
         return {}
 
     def renew_saturated(self, segments: Segments, rng: np.random.Generator) -> int:

@@ -95,6 +95,7 @@ def test_a_reward_is_used_only_where_it_was_learned(
     [
         (),
         ("reward.pessimism=0.7", "reward.normalise=true"),
+        ("reward.sees_actions=false", "reward.normalise=true"),
         ("reward=reed",),
         ("updater=oracle",),
         ("agent.precision=bf16",),

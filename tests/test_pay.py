@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,43 @@ def test_reed_predicts_the_embedding_of_the_standardised_next_state() -> None:
     torch.testing.assert_close(scaled.dynamics_loss(obs, actions, following), expected)
 
 
-@pytest.mark.parametrize("options", [(), ("reward=reed", "reward.embedding=16", "reward.max_updates=5")])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_reward_of_observations_is_blind_to_actions(normalise: bool) -> None:
+    rng = np.random.default_rng(0)
+    reward = RewardEnsemble(3, 2, hidden=[8], seed=1, sees_actions=False, normalise=normalise)
+    moments = [(np.full(size, 2.0), np.full(size, 4.0)) for size in (3, 2)]
+    reward.pretrain(SimpleNamespace(moments=lambda: moments))  # type: ignore[arg-type]
+    obs = rng.normal(3, 9, (50, 3)).astype(np.float32)
+    actions, others = rng.uniform(-1, 1, (2, 50, 2)).astype(np.float32)
+    seen = torch.from_numpy((obs - 2) / 4 if normalise else obs)
+    expected = np.stack([network(seen).detach().numpy()[:, 0] for network in reward.members])
+    assert expected.std(1).min() > 0.01
+    for acts in (actions, others):
+        np.testing.assert_allclose(reward.predict(obs, acts), expected, atol=1e-6)
+        alone = np.concatenate([reward.predict(obs[i : i + 1], acts[i : i + 1]) for i in range(5)], axis=1)
+        np.testing.assert_allclose(alone, expected[:, :5], atol=1e-6)
+        member = reward.member(1, torch.from_numpy(obs), torch.from_numpy(acts)).detach().numpy()
+        np.testing.assert_allclose(member, expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("updater", ["aparl", "penalty", "surf", "rime", "mrn"])
+def test_every_updater_learns_a_reward_of_observations(tmp_path: Path, updater: str) -> None:
+    folder = tmp_path / "run"
+    loop = tiny_loop(folder, f"updater={updater}", "reward.sees_actions=false", "reward.normalise=true")
+    finish(loop)
+    obs = loop.agent.replay_buffer.observations[:50, 0]
+    actions = loop.agent.replay_buffer.actions[:50, 0]
+    paid = loop.parts.reward.predict(obs, actions)
+    np.testing.assert_array_equal(paid, loop.parts.reward.predict(obs, -actions))
+    assert paid.std(1).min() > 1e-3 and {"reward/loss", "reward/rank_correlation"} <= {
+        name for row in rows(folder) for name in row
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("reward=reed", "reward.embedding=16", "reward.max_updates=5"), ("reward.sees_actions=false",)],
+)
 def test_a_standardised_pessimistic_run_resumes_bit_for_bit(tmp_path: Path, options: tuple[str, ...]) -> None:
     short = ("reward.normalise=true", "reward.pessimism=1", "reward.lowest_of=2", "total_steps=420", *options)
     again = stopped_and_resumed(tmp_path, 330, *short)
