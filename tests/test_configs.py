@@ -69,6 +69,15 @@ def test_our_methods_fit_the_answers_alike_and_published_settings_as_published()
         assert cfg.updater.fit == expected | {"epochs": 10 if "metaworld" in cfg.env._target_ else 50}, name
 
 
+def test_published_settings_have_the_published_reward() -> None:
+    """Whatever the default sees: B-Pref's networks see observation and action, as they are."""
+    published = [path for path in (CONF / "experiment").glob("*.yaml") if "sac-published" in path.read_text()]
+    assert len(published) > 30
+    for path in published:
+        reward = config(f"experiment={path.stem}")[0].reward
+        assert not reward.normalise and reward.get("sees_actions", True), path.stem
+
+
 @pytest.mark.parametrize(
     ("task", "aparl", "penalty"),
     [("walker-walk", 500, 100), ("door-open", 1000, 1000), ("button-press", 10_000, 10_000)],
