@@ -172,7 +172,7 @@ def successes(name: str) -> Table:
 def window_open() -> Table:
     """window-open, small agent, 500 answers: every way that was run, over all its seeds."""
     found: dict[str, list[Run]] = {}
-    for folder in ("figure-2", "noisier", "seeds-40-44", "seeds-50-64"):
+    for folder in ("figure-2", "noisier", "seeds-40-44", "seeds-50-64", "seeds-70-79"):
         for method, runs in _methods(STORED / folder / "window-open"):
             found.setdefault(method, []).extend(runs)
     gap = "mean `reward/gap`, steps 8000 to 21,000"
@@ -182,6 +182,18 @@ def window_open() -> Table:
         cells = _success_cells(runs, found["pebble"])
         middle = "–" if method == ORACLE else f"{np.mean([_gap(run) for run in runs]):.2f}"
         table.append([f"`{method}`", str(len(runs)), *cells, f"{high} of {len(runs)}", middle])
+    return table
+
+
+def blame() -> Table:
+    """`experiments.blame` on runs that failed: does the agent recover, does a new one do better on the same reward?"""
+    table = [["run", "its success at the end", "gone on with the true reward", "a new agent on its last reward"]]
+    for folder in sorted(path for path in (STORED / "blame").iterdir() if path.is_dir()):
+        (gone_on,), (anew,) = find_runs([folder / "task"]), find_runs([folder / "anew"])
+        steps, success = gone_on.series("eval/success")
+        end = int(np.flatnonzero(steps == steps[-1] - 10_000)[-1])  # where it had ended; evaluated twice there
+        cells = [f"{success[end]:.0%}", f"{success[-1]:.0%}", f"{anew.series('eval/success')[1].max():.0%} at the best"]
+        table.append([folder.name, *cells])
     return table
 
 
@@ -462,6 +474,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "window-open": window_open,
     "seeds-40-44": partial(successes, "seeds-40-44"),
     "seeds-50-64": partial(successes, "seeds-50-64"),
+    "seeds-70-79": partial(successes, "seeds-70-79"),
+    "blame": blame,
     "fp32-differences": fp32_differences,
     "reached": reached,
     "walker-steps": walker_steps,
