@@ -5,7 +5,7 @@ FOLDER/task    the run goes on from its last checkpoint, all its steps paid by t
 FOLDER/anew    a new agent, from step 0, on the reward of that checkpoint, which learns no more: if it fails as well,
                it is not that the agent had got stuck
 
-Both are runs like any other, with true returns in metrics.jsonl.
+Both are runs like any other, with true returns in metrics.jsonl; `resume` would pay them otherwise, so do not.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--to {options.to}: expected a new folder")
         for name, made in (("task", paid_by_the_task), ("anew", paid_by_the_last_reward)):
             loop = made(options.run, options.to / name, options.steps)
+            origin = f"python -m experiments.blame {options.run} --to {options.to} --steps {options.steps}"
+            (options.to / name / "command.txt").write_text(origin + "\n")
             try:
                 loop.run()
             finally:

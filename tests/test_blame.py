@@ -40,6 +40,7 @@ def test_the_command_does_both_and_refuses_in_a_line(
 ) -> None:
     assert main([str(tiny_run), "--to", str(tmp_path / "both"), "--steps", "50"]) == 0
     assert (tmp_path / "both/task/summary.json").exists() and (tmp_path / "both/anew/summary.json").exists()
+    assert (tmp_path / "both/anew/command.txt").read_text().startswith("python -m experiments.blame ")
     finish(tiny_loop(tmp_path / "oracle", "updater=oracle"))
     capsys.readouterr()
     for run, to, reason in (

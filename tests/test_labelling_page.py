@@ -50,8 +50,8 @@ def chromium(tmp_path: Path) -> Iterator[Any]:
 def test_keys_undo_skip_equal_reload_and_a_second_tab(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
     link = teacher._open()[1].link
     person = Person(chromium, link, tmp_path)
-    assert person.page.inner_text("#task") == TASK and not person.page.query_selector("#task b")
     assert person.question() == {"number": 1, "repeat": False}
+    assert person.page.inner_text("#task") == TASK and not person.page.query_selector("#task b")
     assert not person.page.evaluate("document.getElementById('clip').paused")
     person.press("ArrowLeft")
     assert person.question()["number"] == 2
