@@ -1,4 +1,4 @@
-"""The learned reward: an ensemble of small networks r_phi(s, a), or r_phi(s), trained together by one optimiser (PEBBLE, B-Pref)."""
+"""The learned reward: an ensemble of small networks r_phi(s, a) or r_phi(s), with one optimiser (PEBBLE, B-Pref)."""
 
 from __future__ import annotations
 
