@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
@@ -36,7 +35,8 @@ def paid_by_the_task(run: Path, to: Path, steps: int) -> Loop:
     if choices.get("updater") == "oracle":
         raise ConfigError(f"{run}: its agent was paid by the task all along (updater=oracle)")
     shutil.copytree(run, to)
-    loop = build(OmegaConf.merge(cfg, {"resume": str(to)}), choices, [])
+    cfg.resume = str(to)
+    loop = build(cfg, choices, [])
     replay, rollouts = loop.agent.replay_buffer, loop.parts.rollouts
     if replay.size() != rollouts.total or rollouts.total > rollouts.capacity:
         loop.release()
@@ -56,8 +56,8 @@ def paid_by_the_last_reward(run: Path, to: Path, steps: int) -> Loop:
     """
     cfg, choices = read_config(run)
     reward, step = load_reward(run, instantiate(cfg.env, _convert_="all"))
-    paid_nothing = {"updater": {"_target_": "pbrl.updaters.oracle.Oracle"}, "total_steps": steps, "run_dir": str(to)}
-    cfg = OmegaConf.merge({key: value for key, value in cfg.items() if key != "updater"}, paid_nothing)
+    cfg.updater, cfg.total_steps = {"_target_": "pbrl.updaters.oracle.Oracle"}, steps
+    cfg.run_dir, cfg.resume = str(to), None
     loop = build(cfg, choices | {"updater": "oracle"}, [])
     loop.agent.pay_by(lambda obs, actions: reward.pay(reward.predict(obs, actions), step))
     return loop
