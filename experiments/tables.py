@@ -191,9 +191,10 @@ def blame() -> Table:
     table = [["run", "its success at the end", "gone on with the true reward", "a new agent on its last reward"]]
     for folder in sorted(path for path in (STORED / "blame").iterdir() if path.is_dir()):
         (gone_on,), (anew,) = find_runs([folder / "task"]), find_runs([folder / "anew"])
-        steps, success = gone_on.series("eval/success")
-        end = int(np.flatnonzero(steps == steps[-1] - 10_000)[-1])  # where it had ended; evaluated twice there
-        cells = [f"{success[end]:.0%}", f"{success[-1]:.0%}", f"{anew.series('eval/success')[1].max():.0%} at the best"]
+        success = dict(zip(*gone_on.series("eval/success"), strict=True))
+        last = max(success)
+        best = anew.series("eval/success")[1].max()
+        cells = [f"{success[last - 10_000]:.0%}", f"{success[last]:.0%}", f"{best:.0%} at the best"]
         table.append([folder.name, *cells])
     return table
 
