@@ -43,6 +43,8 @@ def paid_by_the_task(run: Path, to: Path, steps: int) -> Loop:
         raise ConfigError(f"{run}: of its first steps the task's rewards are no longer kept (feedback.memory_steps)")
     loop.asks = False
     loop.agent.pay_by(None)
+    if replay.deviations is not None:  # of a pay that moves: the task's has none
+        replay.deviations[:] = 0
     replay.rewards[: rollouts.total, 0] = rollouts.task_rewards[: rollouts.total]
     loop.total_steps, loop.due.eval = loop.step + steps, loop.step
     return loop
@@ -56,6 +58,8 @@ def paid_by_the_last_reward(run: Path, to: Path, steps: int) -> Loop:
     """
     cfg, choices = read_config(run)
     reward, step = load_reward(run, instantiate(cfg.env, _convert_="all"))
+    for key in {"disagreement_bonus", "pessimism"} & cfg.reward.keys():  # of the run's own reward, which nobody asks
+        cfg.reward[key] = 0.0
     cfg.updater, cfg.total_steps = {"_target_": "pbrl.updaters.oracle.Oracle"}, steps
     cfg.run_dir, cfg.resume = str(to), None
     loop = build(cfg, choices | {"updater": "oracle"}, [])

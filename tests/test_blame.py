@@ -24,6 +24,18 @@ def test_the_run_goes_on_paid_by_the_task(tiny_run: Path, tmp_path: Path) -> Non
     assert [row["env_step"] for row in written[len(before) :] if "eval/return" in row] == [start, start + 60]
 
 
+def test_a_pay_that_moves_stays_behind(tmp_path: Path) -> None:
+    """RUNE's bonus is weighed anew at every draw: nothing of it may reach an agent that the task pays."""
+    run = tmp_path / "run"
+    finish(tiny_loop(run, "reward.disagreement_bonus=0.5", "reward.disagreement_decay=0.01"))
+    loop = paid_by_the_task(run, tmp_path / "task", 30)
+    replay, task_rewards = loop.agent.replay_buffer, loop.parts.rollouts.task_rewards
+    assert replay.deviations is not None
+    finish(loop)
+    np.testing.assert_array_equal(replay.paid(np.arange(loop.step))[:, 0], task_rewards[: loop.step])
+    finish(paid_by_the_last_reward(run, tmp_path / "anew", 30))
+
+
 def test_a_new_agent_is_paid_by_the_last_reward(tiny_run: Path, tmp_path: Path) -> None:
     _, _, reward = load_parts(tiny_run)
     loop = paid_by_the_last_reward(tiny_run, tmp_path / "anew", 120)
