@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -25,17 +26,20 @@ from pbrl.loop import Loop
 from pbrl.records.checkpoint import CheckpointError
 
 
-def paid_by_the_task(run: Path, to: Path, steps: int) -> Loop:
+def paid_by_the_task(run: Path, to: Path, steps: int, trust: Sequence[str] = ()) -> Loop:
     """A copy of the run in `to`, ready to go on for `steps` more, its replay paid by the task.
+
+    Args:
+        trust: modules of your own that the run's config may name.
 
     Raises:
         ConfigError: if there is no run whose reward was learned, or its first steps are no longer kept.
     """
-    cfg, choices = read_config(run)
+    cfg, choices = read_config(run, trust)
     if choices.get("updater") == "oracle":
         raise ConfigError(f"{run}: its agent was paid by the task all along (updater=oracle)")
     shutil.copytree(run, to)
-    cfg.resume = str(to)
+    cfg.resume, cfg.trust = str(to), list(trust)
     loop = build(cfg, choices, [])
     replay, rollouts = loop.agent.replay_buffer, loop.parts.rollouts
     if replay.size() != rollouts.total or rollouts.total > rollouts.capacity:
@@ -50,14 +54,17 @@ def paid_by_the_task(run: Path, to: Path, steps: int) -> Loop:
     return loop
 
 
-def paid_by_the_last_reward(run: Path, to: Path, steps: int) -> Loop:
+def paid_by_the_last_reward(run: Path, to: Path, steps: int, trust: Sequence[str] = ()) -> Loop:
     """A new agent of the run's settings in `to`, paid by the reward of the run's last checkpoint for `steps` steps.
+
+    Args:
+        trust: modules of your own that the run's config may name.
 
     Raises:
         ConfigError, CheckpointError: as `pbrl.learned_reward.load_reward`.
     """
-    cfg, choices = read_config(run)
-    reward, step = load_reward(run, instantiate(cfg.env, _convert_="all"))
+    cfg, choices = read_config(run, trust)
+    reward, step = load_reward(run, instantiate(cfg.env, _convert_="all"), trust)
     for key in {"disagreement_bonus", "pessimism"} & cfg.reward.keys():  # of the run's own reward, which nobody asks
         cfg.reward[key] = 0.0
     cfg.updater, cfg.total_steps = {"_target_": "pbrl.updaters.oracle.Oracle"}, steps
@@ -73,12 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
     parser.add_argument("--steps", type=int, default=10000, help="environment steps of each (default: 10000)")
+    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the run's config may name")
     options = parser.parse_args(arguments)
     try:
         if options.to.exists():
             raise ConfigError(f"--to {options.to}: expected a new folder")
         for name, made in (("task", paid_by_the_task), ("anew", paid_by_the_last_reward)):
-            loop = made(options.run, options.to / name, options.steps)
+            try:
+                loop = made(options.run, options.to / name, options.steps, options.trust)
+            except (ConfigError, CheckpointError):  # a copy that cannot go on would be taken for a run
+                shutil.rmtree(options.to / name, ignore_errors=True)
+                if options.to.exists() and not any(options.to.iterdir()):
+                    options.to.rmdir()
+                raise
             origin = f"python -m experiments.blame {options.run} --to {options.to} --steps {options.steps}"
             (options.to / name / "command.txt").write_text(origin + "\n")
             try:

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.blame import main, paid_by_the_last_reward, paid_by_the_task
 from pbrl.evaluate import load_parts
+from pbrl.types import Answer, Query
 from tests.conftest import finish, rows, tiny_loop
+
+
+def first(query: Query) -> Answer:
+    """A teacher of one's own."""
+    count = len(query)
+    return Answer(torch.ones(count), given=torch.ones(count, dtype=torch.bool))
 
 
 def test_the_run_goes_on_paid_by_the_task(tiny_run: Path, tmp_path: Path) -> None:
@@ -62,3 +70,22 @@ def test_the_command_does_both_and_refuses_in_a_line(
     ):
         assert main([str(run), "--to", str(to)]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_parts_of_ones_own_are_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, to = tmp_path / "run", tmp_path / "both"
+    finish(tiny_loop(run, "teacher._target_=tests.test_blame.first"))
+    command = [str(run), "--to", str(to), "--steps", "30"]
+    assert main(command) == 2
+    assert "--trust tests.test_blame" in capsys.readouterr().err
+    assert main([*command, "--trust", "tests.test_blame"]) == 0
+
+
+def test_a_refused_copy_does_not_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, to = tmp_path / "run", tmp_path / "both"
+    finish(tiny_loop(run, "feedback.memory_steps=100"))
+    assert main([str(run), "--to", str(to)]) == 2
+    assert "feedback.memory_steps" in capsys.readouterr().err
+    assert not (to / "task").exists()
+    assert main([str(run), "--to", str(to)]) == 2
+    assert "feedback.memory_steps" in capsys.readouterr().err, "the same again, not that the folder is there"
