@@ -41,7 +41,7 @@ def draw_curves(arguments: argparse.Namespace) -> None:
 
 
 def draw_strips(arguments: argparse.Namespace) -> None:
-    """Figure 3: one row of frames per run, in episodes of the same seed, each from its first state."""
+    """Figure 3: one row of frames per run, in episodes of the same seed, between the same steps."""
     from pbrl.evaluate import load_run  # brings torch and the agent, which curves do without
 
     runs = [read_run(folder) for folder in arguments.runs]
@@ -52,7 +52,7 @@ def draw_strips(arguments: argparse.Namespace) -> None:
     strips = []
     for folder in arguments.runs:
         agent, env = load_run(folder)
-        strips.append(film_strip(agent, env, arguments.seed, arguments.frames, arguments.until))
+        strips.append(film_strip(agent, env, arguments.seed, arguments.frames, arguments.until, arguments.since))
         env.close()
     labels = [method_label(run, keys) for run in runs]
     strips_figure(labels, strips, tasks[0]).savefig(arguments.out, dpi=DPI)
@@ -61,14 +61,14 @@ def draw_strips(arguments: argparse.Namespace) -> None:
 Strip = tuple[list[int], list[NDArray[np.uint8]], float]  # steps, their frames [SIZE, SIZE, 3], return of the episode
 
 
-def film_strip(agent: Any, env: Any, seed: int, frames: int, until: int | None = None) -> Strip:
-    """Frames at even intervals of one episode of the mean policy, from its first state to step `until` or its last.
+def film_strip(agent: Any, env: Any, seed: int, frames: int, until: int | None = None, since: int = 0) -> Strip:
+    """Frames at even intervals of one episode of the mean policy, from step `since` to step `until` or its last.
 
     The episode is played twice with the same seed, as its length is known only at its end.
     """
     length, total, _ = _play(agent, env, seed, shown=set())
     last = length if until is None else min(length, until)
-    steps = np.unique(np.linspace(0, last, frames).round().astype(int)).tolist()
+    steps = np.unique(np.linspace(min(since, last), last, frames).round().astype(int)).tolist()
     _, _, pictures = _play(agent, env, seed, shown=set(steps))
     return steps, pictures, total
 
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     strips = kinds.add_parser("strips", help="film strips of learned behaviour, methods as rows (PARL, figure 3)")
     strips.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders with a checkpoint, one per row")
     strips.add_argument("--frames", type=int, default=8, help="frames per row (default: 8)")
+    strips.add_argument("--since", type=int, default=0, help="the first step shown (default: 0, the first state)")
     strips.add_argument("--until", type=int, help="the last step shown (default: the episode's last)")
     strips.add_argument("--seed", type=int, default=0, help="of the episode shown (default: 0)")
     strips.add_argument("--method-keys", type=lambda text: text.split(","), help="what names a row (default: updater)")

@@ -47,6 +47,9 @@ def test_a_film_strip_spans_the_episode_from_the_first_state_to_the_last() -> No
     steps, pictures, total = figures.film_strip(Walker(2.0), Corridor(), seed=0, frames=3, until=4)
     assert steps == [0, 2, 4] and total == 20.0  # the return is the whole episode's
     assert [int(picture[0, 0, 0]) // 20 for picture in pictures] == steps
+    steps, pictures, _ = figures.film_strip(Walker(2.0), Corridor(), seed=0, frames=3, until=8, since=4)
+    assert steps == [4, 6, 8]
+    assert [int(picture[0, 0, 0]) // 20 for picture in pictures] == steps
 
 
 def test_strips_have_a_row_per_run_named_by_method_and_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
