@@ -2,6 +2,7 @@
 
     python -m experiments.figures curves RUNS… --out fig.png          figure 2: tasks side by side, methods and oracle
     python -m experiments.figures strips RUN_A RUN_B … --out strips.png   figure 3: film strips, methods as rows
+    python -m experiments.figures strips RUN_A RUN_B … --frames 50 --out film.gif    the same as a film, side by side
 
 Beside fig.png lie fig.csv with every number drawn, and the same picture as fig.svg; `--out fig.pdf` writes a PDF.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from pbrl.compare import add_run_options, read_comparison
 from pbrl.comparing import plots
@@ -28,6 +30,7 @@ from pbrl.episodes import play
 
 SIZE = 256  # pixels, of a film strip's frames
 DPI = 120  # of film strips: small enough for a page
+FILM, FILM_COLOURS, FRAME_TIME = 192, 64, 70  # pixels of a film's pictures, their colours, milliseconds of each
 
 
 def draw_curves(arguments: argparse.Namespace) -> None:
@@ -55,7 +58,10 @@ def draw_strips(arguments: argparse.Namespace) -> None:
         strips.append(film_strip(agent, env, arguments.seed, arguments.frames, arguments.until, arguments.since))
         env.close()
     labels = [method_label(run, keys) for run in runs]
-    strips_figure(labels, strips, tasks[0]).savefig(arguments.out, dpi=DPI)
+    if arguments.out.suffix == ".gif":
+        save_film(labels, strips, arguments.out)
+    else:
+        strips_figure(labels, strips, tasks[0]).savefig(arguments.out, dpi=DPI)
 
 
 Strip = tuple[list[int], list[NDArray[np.uint8]], float]  # steps, their frames [SIZE, SIZE, 3], return of the episode
@@ -101,6 +107,20 @@ def strips_figure(labels: Sequence[str], strips: Sequence[Strip], task: str) -> 
         row[0].set_ylabel(f"{label}\nreturn {total:.0f}")
     figure.suptitle(task)
     return figure
+
+
+def save_film(labels: Sequence[str], strips: Sequence[Strip], path: Path) -> None:
+    """The strips as one film that runs forever, side by side; a shorter one waits at its last frame."""
+    images = []
+    for shown in range(max(len(steps) for steps, _, _ in strips)):
+        image = Image.new("RGB", (FILM * len(strips), FILM))
+        draw = ImageDraw.Draw(image)
+        for column, (label, (_, pictures, total)) in enumerate(zip(labels, strips, strict=True)):
+            picture = Image.fromarray(pictures[min(shown, len(pictures) - 1)]).resize((FILM, FILM))
+            image.paste(picture, (FILM * column, 0))
+            draw.text((FILM * column + 6, FILM - 18), f"{label}, return {total:.0f}", fill="white")
+        images.append(image.quantize(FILM_COLOURS))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=FRAME_TIME, loop=0, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

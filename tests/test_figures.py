@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import figures
 from tests.test_compare import write_run
@@ -67,6 +68,20 @@ def test_strips_have_a_row_per_run_named_by_method_and_return(tmp_path: Path, mo
     assert labels == ["pebble\nreturn 10", "aparl\nreturn 30"]
     assert [len(panel.images) for panel in drawn[0].axes] == [1] * 8
     assert all(env.closed for env in envs)  # an open one ends in OpenGL's complaints
+
+
+def test_a_film_shows_the_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write_run(tmp_path / name, updater=name) for name in ("oracle", "pebble")]
+    speeds = dict(zip(folders, (2.0, 3.0), strict=True))
+    monkeypatch.setattr("pbrl.evaluate.load_run", lambda folder: (Walker(speeds[folder]), Corridor()))
+    out = tmp_path / "film.gif"
+    figures.main(["strips", *map(str, folders), "--frames", "6", "--since", "5", "--out", str(out)])
+    with Image.open(out) as film:
+        assert film.size == (2 * figures.FILM, figures.FILM) and film.n_frames == 6
+        for frame in range(6):
+            film.seek(frame)
+            shown = [film.convert("RGB").getpixel((figures.FILM * column + 50, 50))[0] for column in (0, 1)]
+            assert shown == pytest.approx([20 * (5 + frame)] * 2, abs=4)
 
 
 def test_strips_of_different_tasks_are_refused(tmp_path: Path) -> None:
