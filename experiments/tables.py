@@ -176,6 +176,8 @@ def window_open() -> Table:
     for folder in ("figure-2", "noisier", "seeds-40-44", "seeds-50-64", "seeds-70-79"):
         for method, runs in _methods(STORED / folder / "window-open"):
             found.setdefault(method, []).extend(runs)
+    for method, runs in _methods(STORED / "new-reward" / "window-open"):
+        found[f"states-{method}"] = runs
     gap = "mean `reward/gap`, steps 8000 to 21,000"
     table = [["window-open", "seeds", *SUCCESS, "seeds with ≥ 90 % over the last fifth", gap]]
     for method, runs in sorted(found.items(), key=lambda item: (item[0] == ORACLE, -len(item[1]), item[0])):
@@ -183,6 +185,24 @@ def window_open() -> Table:
         cells = _success_cells(runs, found["pebble"])
         middle = "–" if method == ORACLE else f"{np.mean([_gap(run) for run in runs]):.2f}"
         table.append([f"`{method}`", str(len(runs)), *cells, f"{high} of {len(runs)}", middle])
+    return table
+
+
+def new_reward() -> Table:
+    """Small agent on Meta-World, rewards of standardised observations: each way beside PEBBLE on the same seeds."""
+    last = "the last fifth, less theirs, paired [95 %]"
+    table = [["task", "method", "seeds", *SUCCESS[:2], "the area, less `states`' of these seeds [95 %]", last]]
+    for task, folder in {"window-open": "seeds-70-79", "button-press": "figure-2"}.items():
+        if not (STORED / "new-reward" / task).exists():
+            continue
+        own = dict(_methods(STORED / folder / task))["states"]
+        states = {run.seed: run for run in own}
+        table.append([task, "`states`", _listed(list(states), ""), *_success_cells(own, own), "–"])
+        for method, runs in _methods(STORED / "new-reward" / task):
+            others = [states[run.seed] for run in runs]
+            apart = np.array([_last_fifth(run) - _last_fifth(other) for run, other in zip(runs, others, strict=True)])
+            cells = _success_cells(runs, others)
+            table.append([task, f"`{method}`", _listed([run.seed for run in runs], ""), *cells, _points(apart)])
     return table
 
 
@@ -477,6 +497,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "seeds-40-44": partial(successes, "seeds-40-44"),
     "seeds-50-64": partial(successes, "seeds-50-64"),
     "seeds-70-79": partial(successes, "seeds-70-79"),
+    "new-reward": new_reward,
     "blame": blame,
     "fp32-differences": fp32_differences,
     "reached": reached,
@@ -564,6 +585,13 @@ def _success_cells(runs: Sequence[Run], pebble: Sequence[Run]) -> list[str]:
     last = np.array([_last_fifth(run) for run in runs])
     difference = "–" if runs is pebble else _welch(areas, others, "success")
     return [_mean(areas, "success"), _mean(last, "success"), difference]
+
+
+def _points(differences: Array) -> str:
+    """Mean difference of paired success rates and Student's interval, in points of a hundred."""
+    low, high = (100 * end for end in student_interval([differences]))
+    shown = f"{100 * differences.mean():.0f}"
+    return shown if np.isnan(low) else f"{shown} [{low:.0f}, {high:.0f}]"
 
 
 def _mean(values: Array, unit: str = "return") -> str:
