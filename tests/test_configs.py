@@ -164,7 +164,7 @@ REFUSED = {
     "feedback.every=1.5": "feedback.every=1.5 is a float; expected int",
     "agent.batch_size=a": "agent.batch_size=a is a str; expected int",
     "segment_length=900": "longer than an episode of 500 steps",
-    "feedback.budget=5": "smaller than feedback.per_session=10",
+    "feedback.budget=5": "smaller than feedback.per_session=50",
     "feedback.schedule=sometimes": "expected constant, decay or increase",
     "reward.members=0": "expected at least 1",
     "query.pool=0": "expected at least 1",
