@@ -78,6 +78,23 @@ def test_published_settings_have_the_published_reward() -> None:
         assert not reward.normalise and reward.get("sees_actions", True), path.stem
 
 
+def test_meta_worlds_switches_are_the_defaults_alone() -> None:
+    """Standardising and LayerNorm in the critics: the default on Meta-World; off elsewhere and where runs were published."""
+
+    def switches(*overrides: str) -> tuple[bool, bool]:
+        agent = config(*overrides)[0].agent
+        return agent.normalise, agent.critic_layer_norm
+
+    assert switches("env=door-open") == switches("experiment=quick-door-open") == (True, True)
+    off = [path.stem for path in (CONF / "experiment").glob("*.yaml") if "sac-published" in path.read_text()]
+    off += [f"first-light/{path.stem}" for path in (CONF / "experiment/first-light").glob("*.yaml")]
+    assert len(off) > 40
+    for name in [*off, "quick"]:
+        task = [] if name in off and "/" not in name else ["env=window-open"]
+        assert switches(f"experiment={name}", *task) == (False, False), name
+    assert switches("env=walker-walk") == switches("env=pointmass") == (False, False)
+
+
 @pytest.mark.parametrize(
     ("task", "aparl", "penalty"),
     [("walker-walk", 500, 100), ("door-open", 1000, 1000), ("button-press", 10_000, 10_000)],
