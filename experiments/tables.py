@@ -192,10 +192,9 @@ def new_reward() -> Table:
     """Small agent on Meta-World, rewards of standardised observations: each way beside PEBBLE on the same seeds."""
     last = "the last fifth, less theirs, paired [95 %]"
     table = [["task", "method", "seeds", *SUCCESS[:2], "the area, less `states`' of these seeds [95 %]", last]]
-    for task, folder in {"window-open": "seeds-70-79", "button-press": "figure-2"}.items():
-        if not (STORED / "new-reward" / task).exists():
-            continue
-        own = dict(_methods(STORED / folder / task))["states"]
+    where = {"window-open": "seeds-70-79", "button-press": "figure-2"}  # PEBBLE's runs
+    for task in sorted(path.name for path in (STORED / "new-reward").iterdir() if path.is_dir()):
+        own = dict(_methods(STORED / where[task] / task))["states"]
         states = {run.seed: run for run in own}
         table.append([task, "`states`", _listed(list(states), ""), *_success_cells(own, own), "–"])
         for method, runs in _methods(STORED / "new-reward" / task):
