@@ -128,10 +128,8 @@ class RewardEnsemble(nn.Module):
         for member in self.members:
             member.bf16 = precision == "bf16"  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
-        self.obs_scale, self.action_scale = (
-            Standardise(obs_dim, normalise),
-            Standardise(act_dim, normalise and sees_actions),
-        )
+        self.obs_scale = Standardise(obs_dim, normalise)
+        self.action_scale = Standardise(act_dim, normalise and sees_actions)
 
     @staticmethod
     def _build(
