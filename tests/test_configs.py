@@ -79,7 +79,7 @@ def test_published_settings_have_the_published_reward() -> None:
 
 
 def test_meta_worlds_switches_are_the_defaults_alone() -> None:
-    """Standardising and LayerNorm in the critics: the default on Meta-World; off elsewhere and where runs were published."""
+    """Standardising and LayerNorm in the critics: on by default there; off elsewhere, and in published settings."""
 
     def switches(*overrides: str) -> tuple[bool, bool]:
         agent = config(*overrides)[0].agent
