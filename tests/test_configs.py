@@ -69,13 +69,20 @@ def test_our_methods_fit_the_answers_alike_and_published_settings_as_published()
         assert cfg.updater.fit == expected | {"epochs": 10 if "metaworld" in cfg.env._target_ else 50}, name
 
 
+def published() -> list[str]:
+    """The experiments with published settings: those that start from `experiment=published`, and it itself."""
+    names = [
+        name for name in options("experiment") if "- published\n" in (CONF / f"experiment/{name}.yaml").read_text()
+    ]
+    assert len(names) > 30
+    return ["published", *names]
+
+
 def test_published_settings_have_the_published_reward() -> None:
     """Whatever the default sees: B-Pref's networks see observation and action, as they are."""
-    published = [path for path in (CONF / "experiment").glob("*.yaml") if "sac-published" in path.read_text()]
-    assert len(published) > 30
-    for path in published:
-        reward = config(f"experiment={path.stem}")[0].reward
-        assert not reward.normalise and reward.get("sees_actions", True), path.stem
+    for name in published():
+        reward = config(f"experiment={name}")[0].reward
+        assert not reward.normalise and reward.get("sees_actions", True), name
 
 
 def test_meta_worlds_switches_are_the_defaults_alone() -> None:
@@ -86,7 +93,7 @@ def test_meta_worlds_switches_are_the_defaults_alone() -> None:
         return agent.normalise, agent.critic_layer_norm
 
     assert switches("env=door-open") == switches("experiment=quick-door-open") == (True, True)
-    off = [path.stem for path in (CONF / "experiment").glob("*.yaml") if "sac-published" in path.read_text()]
+    off = published()
     off += [f"first-light/{path.stem}" for path in (CONF / "experiment/first-light").glob("*.yaml")]
     assert len(off) > 40
     for name in [*off, "quick"]:
