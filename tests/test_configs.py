@@ -85,21 +85,28 @@ def test_published_settings_have_the_published_reward() -> None:
         assert not reward.normalise and reward.get("sees_actions", True), name
 
 
-def test_meta_worlds_switches_are_the_defaults_alone() -> None:
-    """Standardising and LayerNorm in the critics: on by default there; off elsewhere, and in published settings."""
+def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
+    """Small, in a hurry, standardised, asking about the last episodes: not elsewhere, nor in published settings."""
+    changed = ("net_arch", "batch_size", "learning_rate", "target_update_interval", "n_steps")
+    changed += ("normalise", "critic_layer_norm")
 
-    def switches(*overrides: str) -> tuple[bool, bool]:
-        agent = config(*overrides)[0].agent
-        return agent.normalise, agent.critic_layer_norm
+    def settings(*overrides: str) -> dict[str, Any]:
+        cfg = config(*overrides)[0]
+        return {key: cfg.agent[key] for key in changed} | {"recent": cfg.query.recent_episodes}
 
-    assert switches("env=door-open") == switches("experiment=quick-door-open") == (True, True)
-    off = published()
-    off += [f"first-light/{path.stem}" for path in (CONF / "experiment/first-light").glob("*.yaml")]
-    assert len(off) > 40
-    for name in [*off, "quick"]:
-        task = [] if name in off and "/" not in name else ["env=window-open"]
-        assert switches(f"experiment={name}", *task) == (False, False), name
-    assert switches("env=walker-walk") == switches("env=pointmass") == (False, False)
+    lean = settings("env=walker-walk")
+    assert all(value != lean[key] for key, value in settings("env=door-open").items())
+    assert lean == settings("env=pointmass")
+    for path in (CONF / "experiment/first-light").glob("*.yaml"):
+        found = settings(f"experiment=first-light/{path.stem}", "env=door-open")
+        assert {**found, "recent": None} == lean, path
+        assert path.stem in ("oracle", "common") or "near" in path.stem or found["recent"] is None, path
+    for name in published():
+        found = settings(f"experiment={name}")
+        assert (found["normalise"], found["critic_layer_norm"], found["target_update_interval"]) == (False, False, 2)
+        assert found["n_steps"] == 1 and (found["recent"] is None) == (not name.startswith("qpa-")), name
+    quick = settings("experiment=quick", "env=window-open")
+    assert not quick["normalise"] and not quick["critic_layer_norm"] and quick["recent"] is None
 
 
 @pytest.mark.parametrize(

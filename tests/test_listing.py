@@ -54,7 +54,13 @@ def test_the_keys_of_help_are_those_of_the_config() -> None:
 @pytest.mark.slow
 def test_help_shows_purpose_examples_options_and_keys(tmp_path: Path) -> None:
     shown = pbrl_train(tmp_path, "--help")
-    for part in ("Trains a robot policy", "env=door-open", "walker-walk  ", "-m launcher=local", "total_steps: 500000"):
+    for part in (
+        "Trains a robot policy",
+        "env=door-open",
+        "walker-walk  ",
+        "-m launcher=local",
+        "total_steps: ${by_suite:{metaworld:150000",
+    ):
         assert part in shown
     assert 'eval "$(pbrl-train -sc install=bash)"' in shown
     assert max(len(line) for line in shown.splitlines()) < 150

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from pbrl.pay import Pay
 from pbrl.records.diary import _told
 from pbrl.records.evaluation import over_optimisation
 from pbrl.reed import DynamicsAwareReward
-from pbrl.reward import RewardEnsemble
+from pbrl.reward import SLOPES, RewardEnsemble
 from pbrl.rollouts import Rollouts
 from pbrl.standardise import CLIP, Standardise
 from tests.conftest import finish, rows, stopped_and_resumed, tiny_loop
@@ -220,9 +221,9 @@ def test_a_standardised_pessimistic_run_resumes_bit_for_bit(tmp_path: Path, opti
 
 
 class Known:
-    """Two members that pay the observation and the action."""
+    """Two members that pay the observation and the action, with a tanh's slope."""
 
-    pay = Pay(pessimism=0.5)
+    pay, slope = Pay(pessimism=0.5), staticmethod(SLOPES["tanh"])
 
     def predict(self, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
         return np.stack([obs[:, 0], actions[:, 0]])
@@ -241,15 +242,27 @@ def test_the_gap_by_hand() -> None:
             "reward/learned_per_step": 1.5,
             "reward/true_per_step": 0.0,
             "reward/gap": 1.5 + 1.0,
+            "reward/flat": 1.0,
             "reward/paid_below": 0.5,
             "reward/paid_below_by": 0.5,
         }
     )
 
 
-@pytest.mark.parametrize(("gap", "told"), [(float("nan"), False), (0.9, False), (1.1, True)])
-def test_a_large_gap_is_told(gap: float, told: bool) -> None:
-    assert _told(gap).startswith("gap 1.1: ") == told == bool(_told(gap))
+def test_a_flat_reward_is_seen_by_its_slope() -> None:
+    """As seen on door-open: members at 0.95 and more of a tanh's 1 for most of the policy's steps."""
+    steps = (column(0.94, 0.96, -0.96, 0.0), column(0.99, 0.99, 0.99, 0.99), np.zeros(4, np.float32))
+    assert over_optimisation(Known(), 0, steps, steps)["reward/flat"] == 6 / 8  # type: ignore[arg-type]
+    reward = RewardEnsemble(1, 1, hidden=(4,), output="linear")
+    for parameter in reward.parameters():
+        parameter.data.fill_(9.0)  # far beyond a tanh's end
+    assert over_optimisation(reward, 0, steps, steps)["reward/flat"] == 0
+
+
+@pytest.mark.parametrize(("gap", "flat", "told"), [(math.nan, 0.5, []), (0.9, 0.0, []), (1.1, 0.51, ["gap", "flat"])])
+def test_a_large_gap_and_a_flat_reward_are_told(gap: float, flat: float, told: list[str]) -> None:
+    assert [words.split()[0] for words in _told({"reward/gap": gap, "reward/flat": flat})] == told
+    assert _told({}) == []
 
 
 def test_steps_are_spread_over_all_that_are_kept() -> None:

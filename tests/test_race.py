@@ -99,14 +99,14 @@ def test_the_shipped_candidates_compose() -> None:
         config("env=walker-walk", *common, *own)
 
 
-@pytest.mark.parametrize("env", ["walker-walk", "door-open"])
-def test_the_shipped_candidates_are_the_same_agents_on_every_task(env: str) -> None:
+def test_the_shipped_candidates_are_the_same_agents_on_every_task() -> None:
     """Whatever the task's default agent: `lean` has no switch, and each other one just those that it names."""
     from tests.conftest import config
 
     _, candidates, common = read(ROOT / "experiments/races/agent.yaml")
     for name, own in candidates.items():
-        agent = config(f"env={env}", *common, *own)[0].agent
+        agent, other = (config(f"env={env}", *common, *own)[0].agent for env in ("walker-walk", "door-open"))
+        assert agent == other, name
         for switch in ("normalise", "critic_layer_norm", "actor_layer_norm"):
             assert agent[switch] == (f"agent.{switch}=true" in own), (name, switch)
 

@@ -113,7 +113,7 @@ def whole_run(variant: str, folder: str) -> dict[str, Any]:
     """One run of door-open at the published setting, without the time that compiling takes; see the module's text."""
     fixed = (
         "env=door-open",
-        "agent=sac-published",
+        "experiment=published",
         "updater=pebble-published",
         f"run_dir={folder}/{list(VARIANTS).index(variant)}",
     )

@@ -33,6 +33,7 @@ FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
 LARGE_GAP = 1.0  # of reward/gap, in standard deviations of a step's reward
+MOSTLY_FLAT = 0.5  # of reward/flat, a share of the policy's steps
 SHOWN = {  # on the console, of a session; the teacher's where there are any
     "right on random pairs": "reward/recent_accuracy",
     "on asked ones": "reward/holdout_accuracy",
@@ -111,7 +112,7 @@ class Diary:
         success = f"success {metrics['eval/success']:.0%}" if "eval/success" in metrics else ""
         self.last["eval_step"] = self.step
         returns = f"eval     return {metrics['eval/return']:.1f} ± {metrics['eval/return_std']:.1f}"
-        self.log(metrics, returns, success, _told(metrics.get("reward/gap", float("nan"))))
+        self.log(metrics, returns, success, *_told(metrics))
         if states is not None:
             self._film("eval/video", lambda path: film_states(env, states, path))
 
@@ -231,11 +232,16 @@ class Diary:
             self.parts.loggers.video(name, path, self.step)
 
 
-def _told(gap: float) -> str:
-    """`reward/gap` in words, from where on it is worth some."""
-    if not gap > LARGE_GAP:  # NaN too
-        return ""
-    return f"gap {gap:.1f}: by the learned reward the policy looks better than it is (docs/agent.md)"
+def _told(metrics: dict[str, float]) -> list[str]:
+    """`reward/gap` and `reward/flat` in words, from where on they are worth some."""
+    told, gap, flat = [], metrics.get("reward/gap", math.nan), metrics.get("reward/flat", math.nan)
+    if gap > LARGE_GAP:  # not NaN
+        told.append(f"gap {gap:.1f}: by the learned reward the policy looks better than it is (docs/agent.md)")
+    if flat > MOSTLY_FLAT:
+        told.append(
+            f"flat at {flat:.0%} of its steps: no answer moves the reward there; reward.output=linear has no end"
+        )
+    return told
 
 
 def _share(value: float) -> str:
