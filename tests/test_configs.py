@@ -94,6 +94,9 @@ def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
         cfg = config(*overrides)[0]
         return {key: cfg.agent[key] for key in changed} | {"recent": cfg.query.recent_episodes}
 
+    for rule in ("uniform", "k-center", "k-center-entropy", "entropy"):  # so that rules differ by how they choose alone
+        assert settings("env=door-open", f"query={rule}")["recent"] == 20, rule
+        assert settings("env=walker-walk", f"query={rule}")["recent"] is None, rule
     lean = settings("env=walker-walk")
     assert all(value != lean[key] for key, value in settings("env=door-open").items())
     assert lean == settings("env=pointmass")
