@@ -29,6 +29,7 @@ SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of an output, by it
     "linear": np.ones_like,
 }
 SATURATED = 0.01  # slope of an output that training no longer moves, and how much rewards then differ
+NEARLY_SATURATED = 0.1  # slope of one that training hardly moves: a tanh's beyond ±0.95
 BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
 PRECISIONS = ("fp32", "bf16")
 

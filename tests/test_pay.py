@@ -242,26 +242,28 @@ def test_the_gap_by_hand() -> None:
             "reward/learned_per_step": 1.5,
             "reward/true_per_step": 0.0,
             "reward/gap": 1.5 + 1.0,
-            "reward/flat": 1.0,
+            "reward/saturated": 1.0,
             "reward/paid_below": 0.5,
             "reward/paid_below_by": 0.5,
         }
     )
 
 
-def test_a_flat_reward_is_seen_by_its_slope() -> None:
+def test_a_saturated_reward_is_seen_by_its_slope() -> None:
     """As seen on door-open: members at 0.95 and more of a tanh's 1 for most of the policy's steps."""
     steps = (column(0.94, 0.96, -0.96, 0.0), column(0.99, 0.99, 0.99, 0.99), np.zeros(4, np.float32))
-    assert over_optimisation(Known(), 0, steps, steps)["reward/flat"] == 6 / 8  # type: ignore[arg-type]
+    assert over_optimisation(Known(), 0, steps, steps)["reward/saturated"] == 6 / 8  # type: ignore[arg-type]
     reward = RewardEnsemble(1, 1, hidden=(4,), output="linear")
     for parameter in reward.parameters():
         parameter.data.fill_(9.0)  # far beyond a tanh's end
-    assert over_optimisation(reward, 0, steps, steps)["reward/flat"] == 0
+    assert over_optimisation(reward, 0, steps, steps)["reward/saturated"] == 0
 
 
-@pytest.mark.parametrize(("gap", "flat", "told"), [(math.nan, 0.5, []), (0.9, 0.0, []), (1.1, 0.51, ["gap", "flat"])])
-def test_a_large_gap_and_a_flat_reward_are_told(gap: float, flat: float, told: list[str]) -> None:
-    assert [words.split()[0] for words in _told({"reward/gap": gap, "reward/flat": flat})] == told
+@pytest.mark.parametrize(
+    ("gap", "saturated", "told"), [(math.nan, 0.5, []), (0.9, 0.0, []), (1.1, 0.51, ["gap", "saturated"])]
+)
+def test_a_large_gap_and_a_saturated_reward_are_told(gap: float, saturated: float, told: list[str]) -> None:
+    assert [words.split()[0] for words in _told({"reward/gap": gap, "reward/saturated": saturated})] == told
     assert _told({}) == []
 
 

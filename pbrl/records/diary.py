@@ -33,7 +33,7 @@ FILMED_PAIRS = 5  # of a session
 HEALTH_PAIRS = 100  # pairs of fresh segments for the rank correlation
 HEALTH_STEPS = 4000  # steps at most, for what the learned reward pays and the task would
 LARGE_GAP = 1.0  # of reward/gap, in standard deviations of a step's reward
-MOSTLY_FLAT = 0.5  # of reward/flat, a share of the policy's steps
+MOSTLY_SATURATED = 0.5  # of reward/saturated, a share of the policy's steps
 SHOWN = {  # on the console, of a session; the teacher's where there are any
     "right on random pairs": "reward/recent_accuracy",
     "on asked ones": "reward/holdout_accuracy",
@@ -233,14 +233,12 @@ class Diary:
 
 
 def _told(metrics: dict[str, float]) -> list[str]:
-    """`reward/gap` and `reward/flat` in words, from where on they are worth some."""
-    told, gap, flat = [], metrics.get("reward/gap", math.nan), metrics.get("reward/flat", math.nan)
+    """`reward/gap` and `reward/saturated` in words, from where on they are worth some."""
+    told, gap, saturated = [], metrics.get("reward/gap", math.nan), metrics.get("reward/saturated", math.nan)
     if gap > LARGE_GAP:  # not NaN
         told.append(f"gap {gap:.1f}: by the learned reward the policy looks better than it is (docs/agent.md)")
-    if flat > MOSTLY_FLAT:
-        told.append(
-            f"flat at {flat:.0%} of its steps: no answer moves the reward there; reward.output=linear has no end"
-        )
+    if saturated > MOSTLY_SATURATED:
+        told.append(f"saturated at {saturated:.0%} of its steps: answers hardly move the reward there (docs/agent.md)")
     return told
 
 

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.episodes import play
 from pbrl.losses import calibration_error, correct
-from pbrl.reward import RewardEnsemble
+from pbrl.reward import NEARLY_SATURATED, RewardEnsemble
 from pbrl.types import Answer, Query
 
 
@@ -114,9 +114,6 @@ def reward_health(reward: RewardEnsemble, query: Query, answer: Answer) -> dict[
 Steps = tuple[np.ndarray, np.ndarray, np.ndarray]  # observations [N, ·], actions [N, ·], task rewards [N]
 
 
-FLAT = 0.1  # slope of a reward's output: a tanh's where it is beyond ±0.95
-
-
 def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: Steps) -> dict[str, float]:
     """What the reward makes of the present policy's steps, beside what the task does.
 
@@ -129,8 +126,8 @@ def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: St
         reward/gap: how many standard deviations of the kept steps' rewards the recent steps lie above their mean, by
         the learned reward, less the same by the task's: above 0 the policy looks better than it is. NaN where either
         reward is constant.
-        reward/flat: share of the recent steps, over all members, at which the output's slope is below `FLAT`: there no
-        answer moves the reward any more.
+        reward/saturated: share of the recent steps, over all members, at which the output's slope is below
+        `NEARLY_SATURATED`: there answers hardly move the reward any more.
         reward/paid_below: share of the recent steps paid less than the members' mean; reward/paid_below_by: how much
         less, on average over those steps (0 if there are none).
     """
@@ -142,7 +139,7 @@ def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: St
         "reward/learned_per_step": float(learned.mean()),
         "reward/true_per_step": float(true.mean()),
         "reward/gap": _standing(learned, before.mean(axis=0)) - _standing(true, kept[2]),
-        "reward/flat": float((reward.slope(members) < FLAT).mean()),
+        "reward/saturated": float((reward.slope(members) < NEARLY_SATURATED).mean()),
         "reward/paid_below": len(short) / len(below),
         "reward/paid_below_by": float(short.mean()) if len(short) else 0.0,
     }
