@@ -17,6 +17,7 @@ from pbrl.launch.sweep import launcher_error
 
 LINES = (Path(__file__).parent / "bad_inputs.txt").read_text().splitlines()
 TABLE = [tuple(part.strip() for part in line.split(" | ")) for line in LINES if line and not line.startswith("#")]
+SOME = [row for at, row in enumerate(TABLE) if at % 7 == 0 or "there are" in row[1]]  # those that list what exists, too
 BASE = ["env=pointmass", "total_steps=20000", "run_dir=run", "threads=1", "agent.buffer_size=1000"]
 
 
@@ -53,7 +54,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("row", TABLE[::7], ids=lambda row: row[0])
+@pytest.mark.parametrize("row", SOME, ids=lambda row: row[0])
 def test_some_rows(row: tuple[str, str], elsewhere: Path) -> None:
     check_row(row)
 
