@@ -18,7 +18,7 @@ from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Segments
 
-LOOKED_AT = 64  # answered pairs on whose steps a member is seen to be saturated
+LOOKED_AT = 64  # newest answered pairs, on whose steps a member is seen to be saturated
 BLOCK_PAIRS = 32  # pairs of one forward and backward pass: activations stay in the second-level cache
 
 
@@ -179,8 +179,8 @@ class Fitting:
             without end (STAR).
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
             rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
-            times (H / 50)² for H, as answers are about sums of H rewards. A member that got there all the same, where
-            nothing has a gradient any more, starts anew (`RewardEnsemble.renew_saturated`).
+            times (H / 50)² for H, as answers are about sums of H rewards. A member that got there all the same, at three
+            quarters of the newest answers' steps, starts anew (`RewardEnsemble.renew_saturated`).
 
     Raises:
         ValueError: for a number out of range.
@@ -273,7 +273,7 @@ class Fitting:
                 answers = torch.lerp(answers, torch.full_like(answers, 0.5), self.label_smoothing)
             return answer_loss(reward, member, first[chosen], second[chosen], answers, kept, shrink)
 
-        renewed = reward.renew_saturated(_some_of(preferences), rng) if self.shrink and size else 0
+        renewed = reward.renew_saturated(_newest(preferences), rng) if self.shrink and size else 0
         metrics = train_epochs(
             reward,
             loss,
@@ -291,8 +291,8 @@ class Fitting:
         return metrics | ({"reward/renewed": float(renewed)} if renewed else {})
 
 
-def _some_of(preferences: Preferences) -> Segments:
-    """Both segments of up to `LOOKED_AT` answered pairs, evenly spread over all."""
-    rows = np.unique(np.linspace(0, len(preferences) - 1, LOOKED_AT).astype(int))
+def _newest(preferences: Preferences) -> Segments:
+    """Both segments of the last `LOOKED_AT` answered pairs, or of all."""
+    rows = slice(max(len(preferences) - LOOKED_AT, 0), None)
     first, second = preferences.first[rows], preferences.second[rows]
     return Segments(torch.cat([first.obs, second.obs]), torch.cat([first.actions, second.actions]))

@@ -28,8 +28,7 @@ SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of an output, by it
     "sigmoid": lambda r: r * (1 - r),
     "linear": np.ones_like,
 }
-SATURATED = 0.01  # slope of an output that training no longer moves, and how much rewards then differ
-NEARLY_SATURATED = 0.1  # slope of one that training hardly moves: a tanh's beyond ±0.95
+NEARLY_SATURATED = 0.1  # slope of an output that training hardly moves: a tanh's beyond ±0.95
 BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
 PRECISIONS = ("fp32", "bf16")
 
@@ -208,20 +207,23 @@ class RewardEnsemble(nn.Module):
         return {}
 
     def renew_saturated(self, segments: Segments, rng: np.random.Generator) -> int:
-        """Give new weights to every member that pays all these steps alike because its output is saturated.
+        """Give new weights to every member whose output is nearly saturated at one end at three quarters of these steps.
 
-        Such a member has next to no gradient, of the answers or of anything else, so it would stay like that. It shifts
-        the mean, and disagrees with the others where they are sure: rules that ask where members disagree then ask
-        what is known.
+        Where the slope is below `NEARLY_SATURATED` answers hardly move a member any more, so it would stay like that,
+        unable to tell the policy's steps apart; with new weights, fitted to the same answers, it can. A member that is
+        saturated everywhere also disagrees with the others where they are sure: rules that ask where members disagree
+        then ask what is known.
 
         Args:
+            segments: of the present policy, so that it is seen where it matters.
             rng: used only if there is such a member.
 
         Returns:
             how many there were.
         """
         rewards = self.predict(segments.obs.flatten(0, 1).numpy(), segments.actions.flatten(0, 1).numpy())
-        found = (np.ptp(rewards, axis=1) < SATURATED) & (self.slope(rewards).max(axis=1) < SATURATED)
+        low, high = np.quantile(rewards, (0.25, 0.75), axis=1)
+        found = self.slope(np.stack([low, (low + high) / 2, high])).max(axis=0) < NEARLY_SATURATED  # at the same end
         for member in np.flatnonzero(found):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(rng.integers(2**31)))

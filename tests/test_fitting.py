@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pbrl.fitting import answer_loss, crops, train_epochs
+from pbrl.fitting import LOOKED_AT, answer_loss, crops, train_epochs
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
@@ -106,6 +106,37 @@ def test_a_saturated_member_starts_anew_and_learns(output: str) -> None:
     assert np.ptp(reward.predict(*steps)[1]) > 0.1
     assert "reward/renewed" not in fit(reward, preferences, np.random.default_rng(2))
     assert len(reward.optimizer.state) == len(list(reward.parameters()))
+
+
+def steep_reward() -> RewardEnsemble:
+    """Two members on one observation: tanh(obs), and a constant 0."""
+    reward = RewardEnsemble(1, 1, members=2, hidden=(), sees_actions=False, seed=0)
+    with torch.no_grad():
+        for parameter in reward.parameters():
+            parameter.zero_()
+        reward.members[0][0].weight.fill_(1.0)
+    return reward
+
+
+@pytest.mark.parametrize(("high", "low", "renewed"), [(6, 0, 0), (9, 0, 1), (0, 9, 1), (5, 5, 0)])
+def test_a_member_that_is_nearly_saturated_at_one_end_starts_anew(high: int, low: int, renewed: int) -> None:
+    """Seen on door-open: 0.95 and more at nine of ten of the policy's steps, 80 % of perfect answers ordered rightly."""
+    reward, obs = steep_reward(), torch.zeros(10, 10, 1)
+    obs[:, :high], obs[:, 10 - low :] = 2.0, -2.0  # tanh(2) is 0.96; the other steps' is 0
+    assert reward.renew_saturated(Segments(obs, obs), np.random.default_rng(0)) == renewed
+    assert bool(reward.members[0][0].bias) == bool(renewed)
+    assert not reward.members[1][0].bias
+
+
+@pytest.mark.parametrize(("early", "late", "renewed"), [(2.0, 0.0, False), (0.0, 2.0, True)])
+def test_what_counts_is_the_newest_answers_steps(early: float, late: float, renewed: bool) -> None:
+    obs = torch.full((LOOKED_AT + 100, 10, 1), early)
+    obs[-LOOKED_AT:] = late
+    preferences = Preferences({})
+    query = Query(Segments(obs, obs), Segments(obs, obs), torch.zeros(len(obs), 2, 10), 0.0)
+    preferences.add(query, Answer(torch.ones(len(obs)), torch.ones(len(obs), dtype=torch.bool)), 0)
+    fit = option("updater", "pebble", fit={"least_steps": 1, "epochs": 1}).fit
+    assert ("reward/renewed" in fit(steep_reward(), preferences, np.random.default_rng(0))) == renewed
 
 
 def test_members_that_differ_or_can_still_learn_are_left_alone() -> None:
