@@ -179,8 +179,8 @@ class Fitting:
             without end (STAR).
         shrink: times the mean squared reward of both segments' steps, ≥ 0, added to the loss. Answers leave the
             rewards' common level open; without this it drifts to where the tanh is flat. For segments of 50 steps;
-            times (H / 50)² for H, as answers are about sums of H rewards. A member that got there all the same, at three
-            quarters of the newest answers' steps, starts anew (`RewardEnsemble.renew_saturated`).
+            times (H / 50)² for H, as answers are about sums of H rewards. A member that got there all the same, at
+            three quarters of the newest answers' steps, starts anew (`RewardEnsemble.renew_saturated`).
 
     Raises:
         ValueError: for a number out of range.

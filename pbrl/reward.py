@@ -207,7 +207,7 @@ class RewardEnsemble(nn.Module):
         return {}
 
     def renew_saturated(self, segments: Segments, rng: np.random.Generator) -> int:
-        """Give new weights to every member whose output is nearly saturated at one end at three quarters of these steps.
+        """Give new weights to every member whose output is nearly saturated at one end at ¾ of these steps.
 
         Where the slope is below `NEARLY_SATURATED` answers hardly move a member any more, so it would stay like that,
         unable to tell the policy's steps apart; with new weights, fitted to the same answers, it can. A member that is

@@ -120,7 +120,7 @@ def steep_reward() -> RewardEnsemble:
 
 @pytest.mark.parametrize(("high", "low", "renewed"), [(6, 0, 0), (9, 0, 1), (0, 9, 1), (5, 5, 0)])
 def test_a_member_that_is_nearly_saturated_at_one_end_starts_anew(high: int, low: int, renewed: int) -> None:
-    """Seen on door-open: 0.95 and more at nine of ten of the policy's steps, 80 % of perfect answers ordered rightly."""
+    """Seen on door-open: 0.95 and more at nine of ten of the policy's steps, 80 % of the answers ordered rightly."""
     reward, obs = steep_reward(), torch.zeros(10, 10, 1)
     obs[:, :high], obs[:, 10 - low :] = 2.0, -2.0  # tanh(2) is 0.96; the other steps' is 0
     assert reward.renew_saturated(Segments(obs, obs), np.random.default_rng(0)) == renewed
