@@ -215,7 +215,7 @@ class RewardEnsemble(nn.Module):
         then ask what is known.
 
         Args:
-            segments: of the present policy, so that it is seen where it matters.
+            segments: of the newest answers, so that it is seen where questions are asked now.
             rng: used only if there is such a member.
 
         Returns:
