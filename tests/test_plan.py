@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 
 from pbrl.launch.build import build
@@ -127,3 +128,12 @@ def test_a_session_is_a_line_of_a_terminal_and_says_what_is_hard(
         assert "right on random pairs" in line
         assert "on asked ones" in line
     assert 0 <= summary["reward/recent_accuracy"] <= 1
+
+
+def test_a_saturated_member_that_starts_anew_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = tiny_loop(tmp_path / "run", "updater=pebble", "teacher=oracle")
+    with torch.no_grad():
+        loop.diary.parts.reward.members[0][-2].bias.fill_(9.0)
+    finish(loop)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "session " in line]
+    assert ["saturated members that start anew: 1" in line for line in lines] == [True, False, False]

@@ -127,6 +127,8 @@ class Diary:
             for name, key in SHOWN.items()
             if metrics.get(key) is not None and (metrics[key] or not key.startswith("teacher/"))
         ]
+        if renewed := metrics.get("reward/renewed"):
+            values.append(f"saturated members that start anew: {renewed:.0f}")
         self.log(metrics, f"session {sessions}  labels {self._labels}", *values)
 
         self._show_steps()
