@@ -59,18 +59,22 @@ def fp32() -> Table:
 
 def evidence() -> Table:
     """The default beside its rivals on walker-walk: return over the last tenth of each seed."""
-    says = {
-        "pebble": ("PEBBLE as fitted here (default)", "`updater=pebble`"),
-        "aparl": ("A-PARL", "`updater=aparl`: the same fitting, half of the pairs fresh"),
-        "pebble-published": ("PEBBLE as published", "`updater=pebble-published`"),
-    }
-    methods = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
+    fp32 = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))
+    even = dict(_methods(STORED / "campaign" / "walker-walk"))
+    rows = [
+        ("PEBBLE as fitted here (default)", even["pebble-even"], "`updater=pebble`"),
+        ("the same, uneven batches", fp32["pebble"], "`updater.fit.even_batches=false`"),
+        ("A-PARL, uneven batches", fp32["aparl"], "`updater=aparl`: half of the pairs fresh"),
+        ("PEBBLE as published", fp32["pebble-published"], "`updater=pebble-published`"),
+    ]
     oracle = [run.series("eval/return") for run in dict(_methods(STORED / "first-light" / "walker-walk"))[ORACLE]]
     at_the_end = np.mean([dict(zip(*series, strict=True))[100_000] for series in oracle])
     table = [["method", "seeds 0, 1, 2", "what it is"]]
     table.append(["oracle", f"{at_the_end:.0f} (mean at 100k steps, bf16)", "the true reward, no answers"])
-    for method, (name, what) in says.items():
-        table.append([name, ", ".join(f"{value:.0f}" for value in _finals(methods[method], "eval/return")), what])
+    for name, runs, what in rows:
+        seeds = _listed([run.seed for run in runs], "")
+        others = "" if seeds == "0, 1, 2" else f" (seeds {seeds})"
+        table.append([name, _listed(list(_finals(runs, "eval/return")), ".0f") + others, what])
     last = _numbers(_rows("first-light/bpref.csv", env_step="100000"), "return")
     seeds = f"at 100k steps, {len(last)} seed"
     return [*table, ["B-Pref's own training code", f"{np.mean(last):.0f} ({seeds})", "on today's libraries"]]
