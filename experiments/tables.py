@@ -211,14 +211,15 @@ def new_reward() -> Table:
 
 def blame() -> Table:
     """`experiments.blame` on runs that failed: does the agent recover, does a new one do better on the same reward?"""
-    table = [["run", "its success at the end", "gone on with the true reward", "a new agent on its last reward"]]
+    table = [["run", "success, return at its end", "gone on with the true reward", "best of a new agent on its reward"]]
     for folder in sorted(path for path in (STORED / "blame").iterdir() if path.is_dir()):
         (gone_on,), (anew,) = find_runs([folder / "task"]), find_runs([folder / "anew"])
-        success = dict(zip(*gone_on.series("eval/success"), strict=True))
-        last = max(success)
-        best = anew.series("eval/success")[1].max()
-        cells = [f"{success[last - 10_000]:.0%}", f"{success[last]:.0%}", f"{best:.0%} at the best"]
-        table.append([folder.name, *cells])
+        success, returns = (dict(zip(*gone_on.series(f"eval/{name}"), strict=True)) for name in ("success", "return"))
+        end = max(success)
+        start = end - anew.series("eval/return")[0][-1]  # both take as many steps, of which `anew` counts its own only
+        best = (anew.series(f"eval/{name}")[1][1:].max() for name in ("success", "return"))  # but for the untrained
+        cells = [(success[start], returns[start]), (success[end], returns[end]), best]
+        table.append([folder.name, *("{:.0%}, {:.0f}".format(*cell) for cell in cells)])
     return table
 
 
