@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import tables
-from experiments.theory import gaming
+from experiments.theory import constants, gaming
 from experiments.theory.__main__ import CLAIMS, main
 from experiments.theory.examples import Maze, Taxes, Workbench, best_reply
 from experiments.theory.hypergradient import penalised_optimum
@@ -27,6 +27,15 @@ def test_the_claim_holds(key):
     findings = CLAIMS[key](True).findings
     assert any(finding.holds for finding in findings)
     assert not [finding for finding in findings if finding.holds is False]
+
+
+def test_errors_away_from_the_optimum_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
+    _, rows = constants.measured(seed=1)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+    _, again = constants.measured(seed=1)
+    assert [row["error"] for row in again] == pytest.approx([row["error"] for row in rows], rel=1e-6)
+    assert slope([row["distance"] for row in rows], [row["error"] for row in rows]) == pytest.approx(1, abs=0.05)
 
 
 def test_the_stored_results_are_of_all_claims_which_hold_and_of_the_stored_data():

@@ -38,9 +38,10 @@ def measured(seed: int) -> tuple[dict, list[dict]]:
     response = vectors[:, real] @ ((vectors[:, real].T @ mixed) / values[real][:, None])
     bound = float(torch.linalg.matrix_norm(mixed, 2)) / mu
     exact, _ = implicit_gradient(mdp.preference, mdp.value, phi, theta, tol=1e-12)
-    rng, rows = np.random.default_rng(seed), []
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal(len(vectors)))
+    direction = vectors[:, real] @ (vectors[:, real].T @ drawn)  # not drawn in the basis: its signs differ by processor
+    rows = []
     for distance in DISTANCES:
-        direction = vectors[:, real] @ torch.from_numpy(rng.standard_normal(int(real.sum())))
         away = {"logits": theta["logits"] + distance * (direction / direction.norm()).reshape(theta["logits"].shape)}
         found, _ = implicit_gradient(mdp.preference, mdp.value, phi, away, tol=1e-12, max_iter=500)
         error = norm(combine(found, exact, -1.0))
