@@ -102,10 +102,13 @@ def test_long_and_strange_names_stay_distinct_and_legal() -> None:
 def test_a_launcher_without_a_sweep_or_without_its_plugin_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher_error(["env=pointmass", "seed=1"]) is None
     assert "add -m" in str(launcher_error(["launcher=local"]))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = str(launcher_error(["-m", "launcher=local"]))
-    assert "pip install -e '.[sweeps]'" in message
-    assert "\n" not in message
+    with monkeypatch.context() as no_plugin_at_all:
+        no_plugin_at_all.setitem(sys.modules, "hydra_plugins", None)  # as after the README's install
+        before_any = launcher_error(["-m", "launcher=local"])
+    monkeypatch.setattr("importlib.util.find_spec", {"hydra_plugins": "another plug-in's"}.get)
+    for message in (before_any, launcher_error(["-m", "launcher=local"])):
+        assert "pip install -e '.[sweeps]'" in str(message)
+        assert "\n" not in str(message)
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def launcher_error(arguments: list[str]) -> str | None:
             continue
         if not {"-m", "--multirun"} & set(arguments):
             return f"{argument} is for sweeps; add -m, or leave it out"
-        if importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        package = "hydra_plugins"  # shared by all plug-ins: not there before the first is installed
+        if any(importlib.util.find_spec(name) is None for name in (package, f"{package}.{plugin}")):
             return f"{argument} needs {plugin.replace('_', '-')}: pip install -e '.[{extra}]'"
     return None
 
