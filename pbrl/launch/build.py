@@ -365,9 +365,23 @@ def _run_dir(cfg: DictConfig, choices: dict[str, str]) -> Path:
     return run_dir
 
 
+def processor() -> str:
+    """This machine's model of processor, as far as Linux tells it, and the instructions that torch uses on it: what
+    the rounding of sums, and with it a run's course, depends on besides the versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
+
+
 def versions() -> dict[str, str]:
-    """Python's and the main packages' versions, and the commit of this code where git knows it."""
+    """Python's and the main packages' versions, the processor, and the commit of this code where git knows it."""
     found = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    found["processor"] = processor()
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -397,9 +411,10 @@ def _compare_versions(run_dir: Path) -> None:
         print(f"{path} cannot be used ({printable(error)}): the versions this run began with are unknown")
         return
     now = versions()
+    before.setdefault("processor", now["processor"])  # which earlier runs do not name
     changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
-        print(f"resuming with other versions, so not bit for bit: {printable(', '.join(changed))}")
+        print(f"resuming with other versions or processor, so not bit for bit: {printable(', '.join(changed))}")
 
 
 def _compare_configs(run_dir: Path) -> None:
