@@ -31,6 +31,7 @@ ALL = (
     "agent.relabel_updates=7",
     "agent.gradient_steps=2",
     "agent.reset_above=-10",
+    "agent.noise_color=1",
 )
 
 
@@ -196,6 +197,7 @@ def test_critics_that_expect_too_much_are_reset_and_updates_follow() -> None:
         ("agent.critics=3", "agent.critics=3; expected 1 or 2"),
         ("agent.blocks=1", "one width, such as"),
         ("agent.n_steps=0", "agent.n_steps=0; expected at least 1"),
+        ("agent.noise_color=3.0", "agent.noise_color=3.0; expected a number from 0"),
         ("agent.weight_decay=-1.0", "agent.weight_decay=-1.0; expected at least 0"),
     ],
 )

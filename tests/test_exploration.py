@@ -1,6 +1,8 @@
-"""The state-entropy bonus against its plain definition."""
+"""The state-entropy bonus and the colored noise against their plain definitions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from pbrl.agent.exploration import StateEntropy, nearest_distances
+from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise, nearest_distances
 from pbrl.agent.replay import RelabelReplay
 from tests.conftest import point_mass_agent
 
@@ -64,3 +66,64 @@ def test_bounded_novelty_is_centred_and_clipped() -> None:
     assert abs(float(paid.mean())) < 0.1
     assert float(paid.std()) == pytest.approx(1 / 3, abs=0.1)
     assert float(bonus(torch.full((1, 2), 50.0))) <= 1.0
+
+
+# ------------------------------------------------------------------------------------------------ colored noise
+
+
+@pytest.mark.parametrize("steps", [1, 2, 31, 50])
+@pytest.mark.parametrize("color", [0.0, 1.0, 2.0])
+def test_the_noise_has_the_covariance_of_its_color(color: float, steps: int) -> None:
+    many = 40_000
+    drawn = colored_noise(color, steps, many, np.random.default_rng(0)).astype(np.float64)
+    assert drawn.shape == (steps, many)
+    waves = np.abs(np.fft.fftfreq(steps))
+    waves[0] = 1 / steps
+    power = waves**-color / (waves**-color).sum()
+    lags = np.arange(steps)
+    expected = (power[:, None] * np.cos(2 * np.pi * np.outer(lags, lags) / steps)).sum(0)  # the power's Fourier sum
+    assert expected[0] == pytest.approx(1.0)
+    covariance = drawn @ drawn.T / many
+    between = np.abs(lags[:, None] - lags)
+    np.testing.assert_allclose(covariance, expected[between], atol=6 * np.sqrt(2 / many))
+    assert np.abs(drawn.mean(1)).max() < 6 / np.sqrt(many)
+    assert (drawn**4).mean() == pytest.approx(3, abs=0.3), "a Gaussian's fourth moment"
+    if color == 0:
+        np.testing.assert_allclose(expected[1:], 0, atol=1e-12)
+
+
+def test_each_episode_has_a_sequence_of_its_own_and_a_copy_goes_on_alike() -> None:
+    noise, other = (ColoredNoise(1.0, 6, 2, np.random.SeedSequence(3)) for _ in range(2))
+    whole = colored_noise(1.0, 6, 2, np.random.default_rng(np.random.SeedSequence(3)))
+    first = np.array([noise.next() for _ in range(4)])
+    assert first.dtype == np.float32 and (first == whole[:4]).all()
+    other.load_state(noise.state())
+    for one in (noise, other):
+        one.next()
+        one.restart()
+    begun = [np.array([one.next() for _ in range(8)]) for one in (noise, other)]  # longer than one sequence
+    assert (begun[0] == begun[1]).all() and not np.isin(begun[0], whole).any()
+
+
+def test_the_agent_explores_with_it_and_its_fresh_rollouts_do_not() -> None:
+    agent = point_mass_agent(net_arch=[8], buffer_size=1000, learning_starts=0, noise_color=1.0)
+    recorded: list[np.ndarray] = []
+    mean = np.zeros((1, 2), np.float32)
+    agent.actor.get_action_dist_params = lambda obs: (torch.from_numpy(mean), torch.zeros(1, 2), {})  # type: ignore[method-assign]
+    sample = agent._sample_action
+
+    def listening(*given: Any, **named: Any) -> tuple[np.ndarray, np.ndarray]:
+        found = sample(*given, **named)
+        recorded.append(agent._pending[0][0])
+        return found
+
+    agent._sample_action = listening  # type: ignore[method-assign]
+    agent.train = lambda *given: None  # type: ignore[method-assign]
+    expected = ColoredNoise(1.0, 50, 2, np.random.SeedSequence(0).spawn(3)[2])  # episodes of 50 steps
+    first, second = (np.array([expected.next() for _ in range(50)]) for _ in range(2))
+    agent.collect(30, updates=1)
+    agent.collect(20, updates=0)  # the episode's end
+    agent.collect(40, updates=1)
+    np.testing.assert_allclose(recorded[:30], first[:30], rtol=1e-6)
+    assert not np.isclose(recorded[30:50], first[30:]).any(), "rollouts of the policy as it is"
+    np.testing.assert_allclose(recorded[50:], second[:40], rtol=1e-6)

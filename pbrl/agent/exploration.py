@@ -1,9 +1,10 @@
-"""Why the agent goes where it has not been: novelty, before any answer (PEBBLE §4.1)."""
+"""Why the agent goes where it has not been: novelty, before any answer (PEBBLE §4.1), and noise that has a memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,3 +80,68 @@ class StateEntropy:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+
+
+def colored_noise(color: float, steps: int, dims: int, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian sequences whose power falls as 1/f^color, drawn by their Fourier coefficients (Timmer & König, 1995).
+
+    The mean of a sequence varies as its slowest wave does, so that each entry alone is a draw from N(0, 1).
+
+    Args:
+        color: 0: white, independent in time; 1: pink; 2: red.
+        steps: length. dims: how many independent sequences.
+
+    Returns:
+        float32 [steps, dims].
+    """
+    frequencies = np.fft.rfftfreq(steps)
+    frequencies[0] = 1 / steps
+    scale = frequencies ** (-color / 2)
+    # waves without a phase: the mean and, of an even number, the fastest
+    alone = np.isin(2 * np.arange(len(scale)), (0, steps))
+    real, imaginary = rng.standard_normal((2, len(scale), dims)) * scale[:, None]
+    coefficients = np.where(alone[:, None], np.sqrt(2) * real, real + 1j * imaginary)
+    variance = (np.where(alone, 2, 4) * scale**2).sum() / steps**2
+    return (np.fft.irfft(coefficients, n=steps, axis=0) / np.sqrt(variance)).astype(np.float32)
+
+
+class ColoredNoise:
+    """Noise for the actions of one episode after another: `colored_noise`, a new sequence for each episode.
+
+    Eberhard et al., "Pink Noise Is All You Need" (ICLR 2023): at each step the policy's own Gaussian, so that a
+    transition is as likely as ever; over an episode the hand drifts where independent draws would undo each other.
+
+    Args:
+        color: see `colored_noise`.
+        steps: of an episode; a longer one goes on with another sequence.
+        dims: of an action.
+        seed: of a generator of its own.
+    """
+
+    def __init__(self, color: float, steps: int, dims: int, seed: np.random.SeedSequence) -> None:
+        self.color, self.rng = color, np.random.default_rng(seed)
+        self.sequence, self.used = np.zeros((steps, dims), np.float32), steps
+
+    def next(self) -> np.ndarray:
+        """The noise of the next step: float32 [dims]."""
+        if self.used == len(self.sequence):
+            self.sequence, self.used = colored_noise(self.color, *self.sequence.shape, self.rng), 0
+        self.used += 1
+        return self.sequence[self.used - 1]
+
+    def restart(self) -> None:
+        """A new episode begins."""
+        self.used = len(self.sequence)
+
+    def state(self) -> dict[str, Any]:
+        """Generator, sequence and place in it."""
+        return {
+            "rng": self.rng.bit_generator.state,
+            "sequence": torch.from_numpy(self.sequence.copy()),
+            "used": self.used,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.rng.bit_generator.state = state["rng"]
+        self.sequence, self.used = state["sequence"].numpy().copy(), state["used"]

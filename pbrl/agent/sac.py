@@ -7,7 +7,8 @@ What differs from SB3's defaults, and why (B-Pref `agent/sac.py` and `config/age
   gradient step per call its interval is ignored);
 * `log_std_range` squashes the log standard deviation into a range by tanh (SB3 clamps it to [−20, 2]);
 * `orthogonal_init` as published; `reset_critic` for the change from pretraining to the learned reward;
-* standardised observations, LayerNorm, residual blocks, one critic, weight decay, n-step returns: each an option;
+* standardised observations, LayerNorm, residual blocks, one critic, weight decay, n-step returns, exploration with a
+  memory: each an option;
 * every random draw comes from the agent's own generators: nothing else can disturb it, and it can be resumed.
 
 `isinstance(agent, SAC)` holds; SB3's callbacks, `learn`, `predict`, `save` and `load` work as they do there.
@@ -31,6 +32,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
+from pbrl.agent.exploration import ColoredNoise
 from pbrl.agent.fast_update import FastUpdate, FusedAdam, supports
 from pbrl.agent.networks import PreferencePolicy, Standardised, initialise, lowest, squash
 from pbrl.agent.replay import Batch, RelabelReplay, RewardFunction
@@ -40,6 +42,7 @@ from pbrl.rollouts import Rollouts
 from pbrl.types import Params
 
 DIVERGED = 1e8  # |Q|: no task here pays more than 1e5 an episode
+UNKNOWN_HORIZON = 1000  # environment steps, of colored noise where episodes have no limit
 TINY, TINY_EVERY = 1e-30, 128  # of Adam's moments, and updates between two looks: 1e-30 · 0.9^128 is not denormal yet
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METRICS = ("train/critic_loss", "train/actor_loss", "train/temperature", "train/entropy", "train/q_mean")
@@ -69,7 +72,7 @@ class PreferenceSAC(SAC):
         temperature_lr: of the temperature; None: the learning rate.
         precision: of the update's hidden layers, fp32 or bf16.
         compiles: whether `prepare` compiles the update.
-        relabel_updates, reset_above: see `make_agent`.
+        relabel_updates, reset_above, noise_color: see `make_agent`.
     """
 
     replay_buffer: RelabelReplay
@@ -83,6 +86,7 @@ class PreferenceSAC(SAC):
         compiles: bool = False,
         relabel_updates: int = 0,
         reset_above: float | None = None,
+        noise_color: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if precision not in PRECISIONS:
@@ -94,7 +98,8 @@ class PreferenceSAC(SAC):
         self.weight: Callable[[int], float] | None = None  # of a transition's deviation, at an environment step
         self.compiles = compiles
         self.relabel_updates, self.reset_above = relabel_updates, reset_above
-        self._branching = False
+        self.noise_color = noise_color
+        self._branching = self._as_it_is = False  # the latter: acts as the policy does, not to explore
         self.told_to_stop = False  # by a callback, in the last `collect`
         self.seen: RunningMeanStd | None = None  # observations, if actor and critics see them standardised
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
@@ -103,9 +108,11 @@ class PreferenceSAC(SAC):
     def _setup_model(self) -> None:
         with torch.random.fork_rng(devices=[]):
             super()._setup_model()
-        seeds = np.random.SeedSequence(self.seed).spawn(2)
+        seeds = np.random.SeedSequence(self.seed).spawn(3)
         self.replay_rng = np.random.default_rng(seeds[0])  # replay indices and random actions
         self.noise = torch.Generator(self.device).manual_seed(int(seeds[1].generate_state(1, np.uint64)[0] >> 1))
+        steps = getattr(self.env.envs[0], "horizon", None) if self.env else None  # type: ignore[attr-defined]
+        self.colored = ColoredNoise(self.noise_color, steps or UNKNOWN_HORIZON, self.action_space.shape[0], seeds[2])  # type: ignore[index]
         if self.ent_coef_optimizer is not None:
             rate = self.temperature_lr or self.lr_schedule(1)
             temperature: Any = self.log_ent_coef
@@ -124,8 +131,8 @@ class PreferenceSAC(SAC):
         self._summed = 0
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["reward_fn", "batch_reward", "rollouts", "weight", "replay_rng", "noise", "_sums", "_pending"]
-        own += ["_fast", "_temperature_adam", "_critic_params", "_target_params", "_scales"]
+        own = ["reward_fn", "batch_reward", "rollouts", "weight", "replay_rng", "noise", "colored", "_sums"]
+        own += ["_pending", "_fast", "_temperature_adam", "_critic_params", "_target_params", "_scales"]
         return super()._excluded_save_params() + own
 
     def attach(self, rollouts: Rollouts, weight: Callable[[int], float] | None = None) -> None:
@@ -156,7 +163,7 @@ class PreferenceSAC(SAC):
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
         """Act for `steps` environment steps, with `updates` gradient steps after each (None: `gradient_steps`; none
-        before `learning_starts`).
+        before `learning_starts`). With none, what is taken are rollouts of the present policy, whose noise is white.
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
         before each step. A callback that asks for the end ends it after the step that it saw, which is kept and learned
@@ -168,7 +175,7 @@ class PreferenceSAC(SAC):
         updates = self.gradient_steps if updates is None else updates
         _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
         prepared.on_training_start(locals(), globals())
-        taken, heard = 0, _Heard(prepared)
+        taken, heard, self._as_it_is = 0, _Heard(prepared), updates == 0
         for _ in range(steps):
             if stop() or heard.stops:
                 break
@@ -177,7 +184,7 @@ class PreferenceSAC(SAC):
             if updates and self.num_timesteps > self.learning_starts:
                 self.train(updates, self.batch_size)
         prepared.on_training_end()
-        self.told_to_stop = heard.stops
+        self.told_to_stop, self._as_it_is = heard.stops, False
         return taken
 
     def _step(self, callback: _Heard) -> None:
@@ -201,7 +208,10 @@ class PreferenceSAC(SAC):
             raw = np.arctanh(scaled * (1 - 1e-6))
         else:
             mean, log_std, _ = self.actor.get_action_dist_params(torch.from_numpy(self._last_obs).to(self.device))
-            draw = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
+            if self.noise_color and not self._as_it_is:
+                draw = torch.from_numpy(self.colored.next()).to(self.device)
+            else:
+                draw = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
             raw_tensor = mean + log_std.exp() * draw
             raw, scaled = raw_tensor.cpu().numpy(), torch.tanh(raw_tensor).cpu().numpy()
             if not np.isfinite(scaled).all():
@@ -229,6 +239,8 @@ class PreferenceSAC(SAC):
             self.rollouts.add(
                 obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
             )
+        if dones[0]:
+            self.colored.restart()
         if self.seen is not None:
             self.seen.update(obs.astype(np.float64))
             self._standardise()
@@ -477,6 +489,7 @@ class PreferenceSAC(SAC):
             "actor_optimizer": self.actor.optimizer.state_dict(),
             "critic_optimizer": self.critic.optimizer.state_dict(),
             "noise": self.noise.get_state(),
+            "colored": self.colored.state(),
             "replay_rng": self.replay_rng.bit_generator.state,
             "env_rng": env.np_random.bit_generator.state,
             "env_state": torch.from_numpy(env.get_state().copy()) if begun and self._has_states else None,
@@ -505,6 +518,8 @@ class PreferenceSAC(SAC):
         restore_optimizer(self.actor.optimizer, state["actor_optimizer"])
         restore_optimizer(self.critic.optimizer, state["critic_optimizer"])
         self.noise.set_state(state["noise"])
+        if "colored" in state:  # else it began before there was such noise
+            self.colored.load_state(state["colored"])
         self.replay_rng.bit_generator.state = state["replay_rng"]
         self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
         self._episode_num, self._summed = state["episode_num"], state["summed"]
@@ -561,6 +576,7 @@ def make_agent(
     n_steps: int,
     relabel_updates: int,
     reset_above: float | None,
+    noise_color: float,
 ) -> PreferenceSAC:
     """A `PreferenceSAC` on one environment.
 
@@ -586,6 +602,8 @@ def make_agent(
         n_steps: rewards summed before the critic is asked, at the most; 1 in pretraining.
         relabel_updates: updates at once after the replay was paid anew.
         reset_above: new critics after a session in which `overestimation` exceeds this; null: never.
+        noise_color: of the noise in the training environment (see `ColoredNoise`; 1: pink); 0: drawn anew at each
+            step. Fresh rollouts and branches, which stand for the policy as it is, have the latter.
 
     Raises:
         ValueError: for a number out of range.
@@ -609,6 +627,7 @@ def make_agent(
         critics=(critics, critics in (1, 2), "1 or 2"),
         weight_decay=(weight_decay, weight_decay >= 0, "at least 0"),
         n_steps=(n_steps, n_steps >= 1, "at least 1"),
+        noise_color=(noise_color, 0 <= noise_color <= 2, "a number from 0 (white) to 2 (red)"),
         relabel_updates=(relabel_updates, relabel_updates >= 0, "at least 0"),
         log_std_range=(
             log_std_range,
@@ -626,6 +645,7 @@ def make_agent(
         compiles=compile,
         relabel_updates=relabel_updates,
         reset_above=reset_above,
+        noise_color=noise_color,
         learning_rate=learning_rate,
         ent_coef=f"auto_{initial_temperature}",
         batch_size=batch_size,

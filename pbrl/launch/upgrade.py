@@ -41,6 +41,7 @@ AGENT = {  # what its first versions were
     "relabel_updates": 0,
     "gradient_steps": 1,
     "reset_above": None,
+    "noise_color": 0.0,
 }
 
 
