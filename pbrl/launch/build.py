@@ -165,7 +165,8 @@ def _reason(name: str, node: Any, cause: BaseException) -> str:
     where = OmegaConf.select(OmegaConf.create({name.split(".")[0]: node}), name) if node is not None else None
     if parameter and isinstance(where, DictConfig) and parameter[1] in where:
         key, value = f"{name}.{parameter[1]}", said[parameter.end() :]
-        origin = re.fullmatch(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(node).get(parameter[1])))  # type: ignore
+        written: Any = OmegaConf.to_container(node)
+        origin = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,\w*)?\}", str(written.get(parameter[1])))
         return f"{origin[1] if origin else key}={value}"
     if isinstance(cause, ValueError | TypeError | OSError | ImportError) or type(cause).__module__ != "builtins":
         return said if said.startswith(f"{name}.") else f"{name}: {said}"
