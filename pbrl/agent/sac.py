@@ -99,7 +99,7 @@ class PreferenceSAC(SAC):
         self.compiles = compiles
         self.relabel_updates, self.reset_above = relabel_updates, reset_above
         self.noise_color = noise_color
-        self._branching = self._as_it_is = False  # the latter: acts as the policy does, not to explore
+        self._branching = self._on_policy = False
         self.told_to_stop = False  # by a callback, in the last `collect`
         self.seen: RunningMeanStd | None = None  # observations, if actor and critics see them standardised
         kwargs.setdefault("replay_buffer_class", RelabelReplay)
@@ -111,8 +111,11 @@ class PreferenceSAC(SAC):
         seeds = np.random.SeedSequence(self.seed).spawn(3)
         self.replay_rng = np.random.default_rng(seeds[0])  # replay indices and random actions
         self.noise = torch.Generator(self.device).manual_seed(int(seeds[1].generate_state(1, np.uint64)[0] >> 1))
-        steps = getattr(self.env.envs[0], "horizon", None) if self.env else None  # type: ignore[attr-defined]
-        self.colored = ColoredNoise(self.noise_color, steps or UNKNOWN_HORIZON, self.action_space.shape[0], seeds[2])  # type: ignore[index]
+        self.colored: ColoredNoise | None = None
+        if self.noise_color:
+            steps = getattr(self.env.envs[0], "horizon", None) if self.env else None  # type: ignore[attr-defined]
+            dims = self.action_space.shape[0]  # type: ignore[index]
+            self.colored = ColoredNoise(self.noise_color, steps or UNKNOWN_HORIZON, dims, seeds[2])
         if self.ent_coef_optimizer is not None:
             rate = self.temperature_lr or self.lr_schedule(1)
             temperature: Any = self.log_ent_coef
@@ -175,7 +178,7 @@ class PreferenceSAC(SAC):
         updates = self.gradient_steps if updates is None else updates
         _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
         prepared.on_training_start(locals(), globals())
-        taken, heard, self._as_it_is = 0, _Heard(prepared), updates == 0
+        taken, heard, self._on_policy = 0, _Heard(prepared), updates == 0
         for _ in range(steps):
             if stop() or heard.stops:
                 break
@@ -184,7 +187,7 @@ class PreferenceSAC(SAC):
             if updates and self.num_timesteps > self.learning_starts:
                 self.train(updates, self.batch_size)
         prepared.on_training_end()
-        self.told_to_stop, self._as_it_is = heard.stops, False
+        self.told_to_stop, self._on_policy = heard.stops, False
         return taken
 
     def _step(self, callback: _Heard) -> None:
@@ -208,7 +211,7 @@ class PreferenceSAC(SAC):
             raw = np.arctanh(scaled * (1 - 1e-6))
         else:
             mean, log_std, _ = self.actor.get_action_dist_params(torch.from_numpy(self._last_obs).to(self.device))
-            if self.noise_color and not self._as_it_is:
+            if self.colored is not None and not self._on_policy:
                 draw = torch.from_numpy(self.colored.next()).to(self.device)
             else:
                 draw = torch.normal(torch.zeros_like(mean), torch.ones_like(mean), generator=self.noise)
@@ -239,7 +242,7 @@ class PreferenceSAC(SAC):
             self.rollouts.add(
                 obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
             )
-        if dones[0]:
+        if dones[0] and self.colored is not None:
             self.colored.restart()
         if self.seen is not None:
             self.seen.update(obs.astype(np.float64))
@@ -489,7 +492,6 @@ class PreferenceSAC(SAC):
             "actor_optimizer": self.actor.optimizer.state_dict(),
             "critic_optimizer": self.critic.optimizer.state_dict(),
             "noise": self.noise.get_state(),
-            "colored": self.colored.state(),
             "replay_rng": self.replay_rng.bit_generator.state,
             "env_rng": env.np_random.bit_generator.state,
             "env_state": torch.from_numpy(env.get_state().copy()) if begun and self._has_states else None,
@@ -503,6 +505,8 @@ class PreferenceSAC(SAC):
         if self.seen is not None:
             moments = torch.from_numpy(np.stack([self.seen.mean, self.seen.var]))
             state["seen"] = {"count": float(self.seen.count), "moments": moments}
+        if self.colored is not None:
+            state["colored"] = self.colored.state()
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             state["log_ent_coef"] = self.log_ent_coef.detach().clone()
             state["ent_coef_optimizer"] = self.ent_coef_optimizer.state_dict()
@@ -518,7 +522,7 @@ class PreferenceSAC(SAC):
         restore_optimizer(self.actor.optimizer, state["actor_optimizer"])
         restore_optimizer(self.critic.optimizer, state["critic_optimizer"])
         self.noise.set_state(state["noise"])
-        if "colored" in state:  # else it began before there was such noise
+        if self.colored is not None:
             self.colored.load_state(state["colored"])
         self.replay_rng.bit_generator.state = state["replay_rng"]
         self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
