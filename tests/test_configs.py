@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from pbrl.launch.build import build
 from pbrl.launch.command import prepare
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, options
+from pbrl.launch.stored import read_config
 from pbrl.second_term.gate import as_gate, as_limit
 from tests.conftest import config, option
 
+ROOT = Path(__file__).parent.parent
 ALL = [(group, name) for group in GROUPS for name in options(group)]
 NEEDS = {  # mandatory values of generic options
     "env=metaworld": ["env.task=pick-place"],
@@ -110,6 +113,20 @@ def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
         assert found["n_steps"] == 1 and (found["recent"] is None) == (not name.startswith("qpa-")), name
     quick = settings("experiment=quick", "env=window-open")
     assert not quick["normalise"] and not quick["critic_layer_norm"] and quick["recent"] is None
+
+
+def test_quick_door_open_is_what_its_five_seeds_were_run_with() -> None:
+    """docs/campaign.md, section 9, AD; its budget is what those runs asked."""
+    runs = sorted((ROOT / "experiments/results/meta-world").glob("door-open-1000-renewed-decay-pink-s*"))
+    assert len(runs) == 5
+    now: Any = OmegaConf.to_container(config("experiment=quick-door-open")[0], resolve=True)
+    for run in runs:
+        then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
+        assert json.loads((run / "summary.json").read_text())["feedback/labels"] == now["feedback"]["budget"]
+        then["feedback"]["budget"] = now["feedback"]["budget"]
+        parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
+        for name in (*parts, "total_steps", "segment_length", "threads"):
+            assert then[name] == now[name], name
 
 
 @pytest.mark.parametrize(
