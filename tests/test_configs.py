@@ -115,10 +115,10 @@ def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
     assert not quick["normalise"] and not quick["critic_layer_norm"] and quick["recent"] is None
 
 
-def test_quick_door_open_is_what_its_five_seeds_were_run_with() -> None:
+def test_quick_door_open_is_what_its_six_seeds_were_run_with() -> None:
     """docs/campaign.md, section 9, AD; its budget is what those runs asked."""
     runs = sorted((ROOT / "experiments/results/meta-world").glob("door-open-1000-renewed-decay-pink-s*"))
-    assert len(runs) == 5
+    assert len(runs) == 6
     now: Any = OmegaConf.to_container(config("experiment=quick-door-open")[0], resolve=True)
     for run in runs:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
