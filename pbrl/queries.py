@@ -30,6 +30,9 @@ class QueryRule(ABC):
             stored simulator state; their steps count as environment steps.
         against_kept: with `recent_episodes`, only one clip of each pair is recent, the other from everything kept:
             whether the policy does better than it did is what over-optimisation gets wrong.
+        novel_share: share of the questions that are not the rule's choice but the candidates with a step least like
+            any asked about before (`most_novel`). Members fitted to the same answers can agree, and be wrong, where
+            nothing was asked; then no rule that looks at them asks there.
 
     Raises:
         ValueError: for a number out of range.
@@ -39,6 +42,7 @@ class QueryRule(ABC):
     recent_episodes: int | None = None
     branch_share: float = 0.0
     against_kept: bool = False
+    novel_share: float = 0.0
 
     from_the_start = False  # chooses the first session's pairs too; else those are random
 
@@ -49,6 +53,7 @@ class QueryRule(ABC):
             pool=(self.pool, self.pool >= 1, "at least 1 candidate per question"),
             recent_episodes=(recent, recent is None or recent >= 1, "at least 1, or null for all"),
             branch_share=(self.branch_share, 0 <= self.branch_share <= 1, "a share in [0, 1]"),
+            novel_share=(self.novel_share, 0 <= self.novel_share <= 1, "a share in [0, 1]"),
             against_kept=(
                 self.against_kept,
                 not self.against_kept or recent is not None,
@@ -93,6 +98,8 @@ def entropy(candidates: Query, reward: RewardEnsemble) -> Tensor:
     return -(p * log_p + (1 - p) * log_not_p).mean(dim=0)
 
 
+THIN = 3  # of so many steps of a clip one is looked at: neighbours look alike
+BLOCK = 1024  # asked steps whose distances are taken at once
 SCORES = {"disagreement": disagreement, "entropy": entropy}
 
 
@@ -119,6 +126,38 @@ class Score(QueryRule):
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
     ) -> np.ndarray:
         return _best(SCORES[self.score](candidates, reward), count)
+
+
+def most_novel(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
+    """The pairs with a step least like any asked about, one after the other, each counting as asked for the next.
+
+    Unlike is the Euclidean distance of observations, in standard deviations of those of the candidates and the asked;
+    every `THIN`-th step of a clip is looked at.
+
+    Args:
+        candidates: C pairs. asked: at least one answered pair. count: how many to pick, ≤ C.
+
+    Returns:
+        int64 [count].
+    """
+    clips = [side.obs[:, ::THIN] for side in (candidates.first, candidates.second)]
+    known = torch.cat([side.obs[:, ::THIN].flatten(0, 1) for side in (asked.first, asked.second)])
+    steps = torch.cat(clips, dim=1)  # [C, S, obs_dim]
+    deviation = torch.cat([steps.flatten(0, 1), known]).std(dim=0, unbiased=False)
+    moving = deviation > 0
+    steps, known = (x[..., moving] / deviation[moving] for x in (steps, known))
+
+    def nearest(others: Tensor) -> Tensor:
+        """Distance of each candidate's steps to the nearest of others: float32 [C, S]."""
+        blocks = [torch.cdist(steps.flatten(0, 1), some).amin(dim=1) for some in others.split(BLOCK)]
+        return torch.stack(blocks).amin(dim=0).view(steps.shape[:2])
+
+    distance, picks = nearest(known), np.empty(count, np.int64)
+    for i in range(count):
+        picks[i] = best = int(distance.amax(dim=1).argmax())
+        distance = torch.minimum(distance, nearest(steps[best]))
+        distance[best] = -1.0  # below all distances: not again
+    return picks
 
 
 def pair_features(first: Segments, second: Segments) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pbrl.parts import Parts
-from pbrl.queries import QueryRule, Uniform
+from pbrl.queries import QueryRule, Uniform, most_novel
 from pbrl.schedule import Feedback
 from pbrl.session import AgentSession
 from pbrl.types import Query
@@ -92,15 +92,19 @@ class Questions:
         return Query.cat(questions)
 
     def _choose(self, rule: QueryRule, count: int, since: int, fresh: bool) -> Query:
-        """The rule's choice of `count` questions about what happened from step index `since` on."""
+        """`count` questions about what happened from step index `since` on: the most novel ones, then the rule's."""
         parts, episodes = self.parts, self.parts.query.recent_episodes
         length, margin, other_since = self.segment_length, parts.updater.margin, None
         if episodes is not None:
             other_since = since if parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
         candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
-        chosen = rule(candidates, count, parts.reward, parts.preferences, self.rng)
-        return _marked(candidates[chosen], fresh)
+        novel = np.empty(0, np.int64)
+        if rule.novel_share and len(parts.preferences):
+            novel = most_novel(candidates, parts.preferences, round(rule.novel_share * count))
+        others = np.setdiff1d(np.arange(len(candidates)), novel)
+        chosen = rule(candidates[others], count - len(novel), parts.reward, parts.preferences, self.rng)
+        return _marked(candidates[np.concatenate([novel, others[chosen]])], fresh)
 
 
 def _marked(query: Query, fresh: bool) -> Query:
