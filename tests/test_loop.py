@@ -16,6 +16,7 @@ from pbrl.asking import TeacherError
 from pbrl.interfaces import as_teacher
 from pbrl.launch.shipped import described
 from pbrl.preferences import Preferences
+from pbrl.queries import most_novel
 from pbrl.records.evaluation import OracleCurve
 from pbrl.schedule import Feedback
 from pbrl.types import Answer, Query, Teacher
@@ -110,6 +111,28 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
         assert torch.equal(query.first.obs[:, 0], query.second.obs[:, 0])
         assert not torch.equal(query.first.obs[:, 1:], query.second.obs[:, 1:])
     assert loop.step >= 600
+
+
+def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second session on; the others are the rule's, and all are different."""
+    found: list[np.ndarray] = []
+
+    def spy(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
+        found.append(candidates[most_novel(candidates, asked, count)].first.obs[:, 0].numpy())
+        return most_novel(candidates, asked, count)
+
+    monkeypatch.setattr("pbrl.questions.most_novel", spy)
+    loop = tiny_loop(tmp_path / "run", "query=disagreement", "query.novel_share=0.4")
+    asked: list[Query] = []
+    teacher = loop.parts.teacher
+    loop.parts.teacher = as_teacher(lambda query: (asked.append(query), teacher(query))[1])
+    finish(loop)
+    assert [len(query) for query in asked] == [5, 5, 5]
+    assert len(found) == 2
+    for query, novel in zip(asked[1:], found, strict=True):
+        np.testing.assert_array_equal(query.first.obs[:2, 0], novel)
+        starts = {(int(a), int(b)) for a, b in zip(query.first.step, query.second.step, strict=True)}
+        assert len(starts) == 5
 
 
 class Tantrum(Teacher):

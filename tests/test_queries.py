@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pbrl.preferences import Preferences
-from pbrl.queries import KCenter, Score, Uniform, disagreement, entropy, k_center, pair_features
+from pbrl.queries import THIN, KCenter, Score, Uniform, disagreement, entropy, k_center, most_novel, pair_features
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 
@@ -158,12 +158,47 @@ def test_k_center_with_a_score_keeps_enough_candidates() -> None:
     assert sorted(picks.tolist()) == list(range(6)), "half would be three, but six are asked for"
 
 
+@pytest.mark.parametrize("known", [1, 9])
+def test_novelty_equals_brute_force(known: int) -> None:
+    """A constant dimension (Meta-World's hidden goal) does not count, a unit is a deviation."""
+    candidates, before = query(15, 2), query(known, 3)
+    for pairs in (candidates, before):
+        for side in (pairs.first, pairs.second):
+            side.obs[..., 1], side.obs[..., 2] = 7.0, side.obs[..., 2] * 1e4
+
+    def looked_at(pairs: Query, i: int) -> np.ndarray:
+        return np.concatenate([side.obs[i, ::THIN].double().numpy() for side in (pairs.first, pairs.second)])
+
+    asked_steps = [looked_at(before, i) for i in range(known)]
+    deviation = np.concatenate([*(looked_at(candidates, i) for i in range(15)), *asked_steps]).std(axis=0)
+    deviation[1] = np.inf
+    picks: list[int] = []
+    for _ in range(6):
+        novelty = {
+            i: max(min(np.linalg.norm((x - y) / deviation) for y in np.concatenate(asked_steps)) for x in steps)
+            for i, steps in ((i, looked_at(candidates, i)) for i in range(15) if i not in picks)
+        }
+        picks.append(max(novelty, key=lambda i: novelty[i]))
+        asked_steps.append(looked_at(candidates, picks[-1]))
+    assert most_novel(candidates, asked(before), 6).tolist() == picks
+
+
+def test_what_all_members_are_wrong_about_is_novel_and_not_disagreed_about() -> None:
+    """One clip beyond everything asked: members of equal weights cannot disagree about it."""
+    candidates, ensemble = query(30), reward(2)
+    candidates.first.obs[17, 0] += 100.0
+    ensemble.members[1].load_state_dict(ensemble.members[0].state_dict())
+    assert disagreement(candidates, ensemble).max() < 1e-6
+    assert most_novel(candidates, asked(query(8, 1)), 1).tolist() == [17]
+
+
 @pytest.mark.parametrize(
     ("make", "key"),
     [
         (lambda: Uniform(pool=0), "query.pool=0"),
         (lambda: Uniform(recent_episodes=0), "query.recent_episodes=0"),
         (lambda: Uniform(branch_share=1.5), "query.branch_share=1.5"),
+        (lambda: Uniform(novel_share=-0.1), "query.novel_share=-0.1"),
         (lambda: Uniform(against_kept=True), "query.against_kept=True; expected false, or a number"),
         (lambda: Score(score="novelty"), "query.score=novelty"),
         (lambda: KCenter(score="novelty"), "query.score=novelty"),
