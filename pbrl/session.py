@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
+from pbrl.nearest import nearest_distances
 from pbrl.rollouts import Rollouts
 from pbrl.types import Moments, Params, Query, Segments
 

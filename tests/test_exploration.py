@@ -10,8 +10,9 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise, nearest_distances
+from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise
 from pbrl.agent.replay import RelabelReplay
+from pbrl.nearest import nearest_distances
 from tests.conftest import point_mass_agent
 
 

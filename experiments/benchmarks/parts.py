@@ -11,10 +11,10 @@ import torch
 
 from experiments.benchmarks.timing import interleaved
 from experiments.benchmarks.update import Still, fill
-from pbrl.agent.exploration import nearest_distances
 from pbrl.agent.replay import RelabelReplay
 from pbrl.launch.shipped import make
 from pbrl.losses import bradley_terry_loss
+from pbrl.nearest import nearest_distances
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
