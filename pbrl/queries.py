@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from pbrl.checks import check
+from pbrl.nearest import nearest_distances
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
+from pbrl.standardise import CONSTANT
 from pbrl.types import Query, Segments
 
 
@@ -99,7 +101,6 @@ def entropy(candidates: Query, reward: RewardEnsemble) -> Tensor:
 
 
 THIN = 3  # of so many steps of a clip one is looked at: neighbours look alike
-BLOCK = 1024  # asked steps whose distances are taken at once
 SCORES = {"disagreement": disagreement, "entropy": entropy}
 
 
@@ -131,8 +132,8 @@ class Score(QueryRule):
 def most_novel(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
     """The pairs with a step least like any asked about, one after the other, each counting as asked for the next.
 
-    Unlike is the Euclidean distance of observations, in standard deviations of those of the candidates and the asked;
-    every `THIN`-th step of a clip is looked at.
+    Unlike is the Euclidean distance of observations, in standard deviations of those of the candidates and the asked,
+    without dimensions that are constant (below `CONSTANT`); every `THIN`-th step of a clip is looked at.
 
     Args:
         candidates: C pairs. asked: at least one answered pair. count: how many to pick, ≤ C.
@@ -144,18 +145,17 @@ def most_novel(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
     known = torch.cat([side.obs[:, ::THIN].flatten(0, 1) for side in (asked.first, asked.second)])
     steps = torch.cat(clips, dim=1)  # [C, S, obs_dim]
     deviation = torch.cat([steps.flatten(0, 1), known]).std(dim=0, unbiased=False)
-    moving = deviation > 0
+    moving = deviation > CONSTANT
     steps, known = (x[..., moving] / deviation[moving] for x in (steps, known))
 
-    def nearest(others: Tensor) -> Tensor:
-        """Distance of each candidate's steps to the nearest of others: float32 [C, S]."""
-        blocks = [torch.cdist(steps.flatten(0, 1), some).amin(dim=1) for some in others.split(BLOCK)]
-        return torch.stack(blocks).amin(dim=0).view(steps.shape[:2])
+    def distances(others: Tensor) -> Tensor:
+        """Of each candidate's steps to the nearest of others: float32 [C, S]."""
+        return nearest_distances(steps.flatten(0, 1), others, 0).view(steps.shape[:2])
 
-    distance, picks = nearest(known), np.empty(count, np.int64)
+    distance, picks = distances(known), np.empty(count, np.int64)
     for i in range(count):
         picks[i] = best = int(distance.amax(dim=1).argmax())
-        distance = torch.minimum(distance, nearest(steps[best]))
+        distance = torch.minimum(distance, distances(steps[best]))
         distance[best] = -1.0  # below all distances: not again
     return picks
 

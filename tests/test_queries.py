@@ -158,10 +158,11 @@ def test_k_center_with_a_score_keeps_enough_candidates() -> None:
     assert sorted(picks.tolist()) == list(range(6)), "half would be three, but six are asked for"
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("known", [1, 9])
-def test_novelty_equals_brute_force(known: int) -> None:
+def test_novelty_equals_brute_force(known: int, offset: float) -> None:
     """A constant dimension (Meta-World's hidden goal) does not count, a unit is a deviation."""
-    candidates, before = query(15, 2), query(known, 3)
+    candidates, before = query(15, 2, offset), query(known, 3, offset)
     for pairs in (candidates, before):
         for side in (pairs.first, pairs.second):
             side.obs[..., 1], side.obs[..., 2] = 7.0, side.obs[..., 2] * 1e4
