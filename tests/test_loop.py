@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from pbrl.asking import TeacherError
 from pbrl.interfaces import as_teacher
 from pbrl.launch.shipped import described
+from pbrl.loop import Loop
 from pbrl.preferences import Preferences
 from pbrl.queries import most_novel
 from pbrl.records.evaluation import OracleCurve
@@ -100,12 +101,18 @@ def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: st
     assert [int(stored.fresh[stored.session == session].sum()) for session in range(3)] == seen
 
 
-def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:
-    loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
+def questions(loop: Loop) -> list[Query]:
+    """What a run, run to its end, asks its teacher, by session."""
     asked: list[Query] = []
     teacher = loop.parts.teacher
     loop.parts.teacher = as_teacher(lambda query: (asked.append(query), teacher(query))[1])
     finish(loop)
+    return asked
+
+
+def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
+    asked = questions(loop)
     assert [len(query) for query in asked] == [5, 5, 5]
     for query in asked:
         assert torch.equal(query.first.obs[:, 0], query.second.obs[:, 0])
@@ -123,10 +130,7 @@ def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("pbrl.questions.most_novel", spy)
     loop = tiny_loop(tmp_path / "run", "query=disagreement", "query.novel_share=0.4")
-    asked: list[Query] = []
-    teacher = loop.parts.teacher
-    loop.parts.teacher = as_teacher(lambda query: (asked.append(query), teacher(query))[1])
-    finish(loop)
+    asked = questions(loop)
     assert [len(query) for query in asked] == [5, 5, 5]
     assert len(found) == 2
     for query, novel in zip(asked[1:], found, strict=True):
