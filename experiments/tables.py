@@ -209,6 +209,36 @@ def new_reward() -> Table:
     return table
 
 
+def novel() -> Table:
+    """Meta-World with pink noise, novel questions and a reward fitted further: success over the last fifth."""
+    paired = "the mean, less `pebble`'s of these seeds, paired [95 %]"
+    last = "success over the last fifth, by seed"
+    table = [["task", "method", "seeds", last, "seeds with 80 % or more", "mean [95 %]", paired]]
+    for folder in sorted(path for path in (STORED / "novel").iterdir() if path.is_dir()):
+        found = dict(_methods(folder))
+        pebble = {run.seed: _last_fifth(run) for run in found["pebble"]}
+        for method, runs in found.items():
+            ends = np.array([_last_fifth(run) for run in runs])
+            apart = np.array(
+                [end - pebble[run.seed] for run, end in zip(runs, ends, strict=True) if run.seed in pebble]
+            )
+            seeds = _listed([run.seed for run in runs], "")
+            many = f"{(ends >= 0.8).sum()} of {len(ends)}"
+            difference = "–" if method == "pebble" or not len(apart) else _points(apart)
+            table.append(
+                [
+                    folder.name,
+                    f"`{method}`",
+                    seeds,
+                    _listed(list(ends), ".0%"),
+                    many,
+                    _mean(ends, "success"),
+                    difference,
+                ]
+            )
+    return table
+
+
 def blame() -> Table:
     """`experiments.blame` on runs that failed: does the agent recover, does a new one do better on the same reward?"""
     table = [["run", "success, return at its end", "gone on with the true reward", "best of a new agent on its reward"]]
@@ -502,6 +532,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "seeds-50-64": partial(successes, "seeds-50-64"),
     "seeds-70-79": partial(successes, "seeds-70-79"),
     "new-reward": new_reward,
+    "novel": novel,
     "blame": blame,
     "fp32-differences": fp32_differences,
     "reached": reached,
