@@ -219,23 +219,11 @@ def novel() -> Table:
         pebble = {run.seed: _last_fifth(run) for run in found["pebble"]}
         for method, runs in found.items():
             ends = np.array([_last_fifth(run) for run in runs])
-            apart = np.array(
-                [end - pebble[run.seed] for run, end in zip(runs, ends, strict=True) if run.seed in pebble]
-            )
-            seeds = _listed([run.seed for run in runs], "")
-            many = f"{(ends >= 0.8).sum()} of {len(ends)}"
-            difference = "–" if method == "pebble" or not len(apart) else _points(apart)
-            table.append(
-                [
-                    folder.name,
-                    f"`{method}`",
-                    seeds,
-                    _listed(list(ends), ".0%"),
-                    many,
-                    _mean(ends, "success"),
-                    difference,
-                ]
-            )
+            seeds = [run.seed for run in runs]
+            apart = [end - pebble[seed] for seed, end in zip(seeds, ends, strict=True) if seed in pebble]
+            difference = "–" if method == "pebble" or not apart else _points(np.array(apart))
+            cells = [_listed(seeds, ""), _listed(list(ends), ".0%"), f"{(ends >= 0.8).sum()} of {len(ends)}"]
+            table.append([folder.name, f"`{method}`", *cells, _mean(ends, "success"), difference])
     return table
 
 
