@@ -35,6 +35,8 @@ class QueryRule(ABC):
         novel_share: share of the questions that are not the rule's choice but the candidates with a step least like
             any asked about before (`most_novel`). Members fitted to the same answers can agree, and be wrong, where
             nothing was asked; then no rule that looks at them asks there.
+        best_share: share of the rule's own questions that it chooses among the `most_rewarded` candidates alone. What
+            the policy should do next is rare in what it does, so a rule that looks at all of it hardly asks about it.
 
     Raises:
         ValueError: for a number out of range.
@@ -45,6 +47,7 @@ class QueryRule(ABC):
     branch_share: float = 0.0
     against_kept: bool = False
     novel_share: float = 0.0
+    best_share: float = 0.0
 
     from_the_start = False  # chooses the first session's pairs too; else those are random
 
@@ -56,6 +59,7 @@ class QueryRule(ABC):
             recent_episodes=(recent, recent is None or recent >= 1, "at least 1, or null for all"),
             branch_share=(self.branch_share, 0 <= self.branch_share <= 1, "a share in [0, 1]"),
             novel_share=(self.novel_share, 0 <= self.novel_share <= 1, "a share in [0, 1]"),
+            best_share=(self.best_share, 0 <= self.best_share <= 1, "a share in [0, 1]"),
             against_kept=(
                 self.against_kept,
                 not self.against_kept or recent is not None,
@@ -100,6 +104,7 @@ def entropy(candidates: Query, reward: RewardEnsemble) -> Tensor:
     return -(p * log_p + (1 - p) * log_not_p).mean(dim=0)
 
 
+BEST = 0.2  # of the candidates: what `best_share` chooses from
 THIN = 3  # of so many steps of a clip one is looked at: neighbours look alike
 SCORES = {"disagreement": disagreement, "entropy": entropy}
 
@@ -158,6 +163,19 @@ def most_novel(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
         distance = torch.minimum(distance, distances(steps[best]))
         distance[best] = -1.0  # below all distances: not again
     return picks
+
+
+def most_rewarded(candidates: Query, reward: RewardEnsemble, count: int) -> np.ndarray:
+    """The pairs whose worse clip is best by the learned reward, the members' mean return; best first.
+
+    Args:
+        candidates: C pairs. count: at least so many, ≤ C; else the better `BEST` of them.
+
+    Returns:
+        int64 [max(count, round(BEST · C))].
+    """
+    first, second = (reward.returns(side).mean(dim=0) for side in (candidates.first, candidates.second))
+    return _best(torch.minimum(first, second), max(count, round(BEST * len(candidates))))
 
 
 def pair_features(first: Segments, second: Segments) -> tuple[np.ndarray, np.ndarray]:

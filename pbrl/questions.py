@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pbrl.parts import Parts
-from pbrl.queries import QueryRule, Uniform, most_novel
+from pbrl.queries import QueryRule, Uniform, most_novel, most_rewarded
 from pbrl.schedule import Feedback
 from pbrl.session import AgentSession
 from pbrl.types import Query
@@ -92,19 +92,29 @@ class Questions:
         return Query.cat(questions)
 
     def _choose(self, rule: QueryRule, count: int, since: int, fresh: bool) -> Query:
-        """`count` questions about what happened from step index `since` on: the most novel ones, then the rule's."""
+        """`count` questions about what happened from step index `since` on: the most novel ones, the rule's among the
+        most rewarded, then its others."""
         parts, episodes = self.parts, self.parts.query.recent_episodes
         length, margin, other_since = self.segment_length, parts.updater.margin, None
         if episodes is not None:
             other_since = since if parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
         candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
-        novel = np.empty(0, np.int64)
-        if rule.novel_share and len(parts.preferences):
-            novel = most_novel(candidates, parts.preferences, round(rule.novel_share * count))
-        others = np.setdiff1d(np.arange(len(candidates)), novel)
-        chosen = rule(candidates[others], count - len(novel), parts.reward, parts.preferences, self.rng)
-        return _marked(candidates[np.concatenate([novel, others[chosen]])], fresh)
+        picks, left = np.empty(0, np.int64), np.arange(len(candidates))
+
+        def by_rule(among: np.ndarray, number: int) -> np.ndarray:
+            return among[rule(candidates[among], number, parts.reward, parts.preferences, self.rng)]
+
+        if len(parts.preferences):  # before, nothing is known that could be novel, and the reward knows nothing
+            if rule.novel_share:
+                picks = most_novel(candidates, parts.preferences, round(rule.novel_share * count))
+                left = np.setdiff1d(left, picks)
+            best = round(rule.best_share * (count - len(picks)))
+            if best:
+                among = left[most_rewarded(candidates[left], parts.reward, best)]
+                picks = np.concatenate([picks, by_rule(among, best)])
+                left = np.setdiff1d(left, picks)
+        return _marked(candidates[np.concatenate([picks, by_rule(left, count - len(picks))])], fresh)
 
 
 def _marked(query: Query, fresh: bool) -> Query:

@@ -124,7 +124,7 @@ def test_quick_door_open_is_what_its_six_seeds_were_run_with() -> None:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
         assert json.loads((run / "summary.json").read_text())["feedback/labels"] == now["feedback"]["budget"]
         then["feedback"]["budget"] = now["feedback"]["budget"]
-        then["query"].setdefault("novel_share", 0.0)  # it came later
+        then["query"] = {"novel_share": 0.0, "best_share": 0.0, **then["query"]}  # they came later
         parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
         for name in (*parts, "total_steps", "segment_length", "threads"):
             assert then[name] == now[name], name

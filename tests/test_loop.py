@@ -17,8 +17,9 @@ from pbrl.interfaces import as_teacher
 from pbrl.launch.shipped import described
 from pbrl.loop import Loop
 from pbrl.preferences import Preferences
-from pbrl.queries import most_novel
+from pbrl.queries import Score, most_novel, most_rewarded
 from pbrl.records.evaluation import OracleCurve
+from pbrl.reward import RewardEnsemble
 from pbrl.schedule import Feedback
 from pbrl.types import Answer, Query, Teacher
 from tests.conftest import finish, rows, tiny_loop
@@ -135,6 +136,29 @@ def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypat
     assert len(found) == 2
     for query, novel in zip(asked[1:], found, strict=True):
         np.testing.assert_array_equal(query.first.obs[:2, 0], novel)
+        starts = {(int(a), int(b)) for a, b in zip(query.first.step, query.second.step, strict=True)}
+        assert len(starts) == 5
+
+
+def test_a_share_of_the_rules_questions_is_about_the_best_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the most novel one, half of the other four are chosen among the best fifth, by the rule; all are different."""
+    best: list[list[int]] = []
+
+    def spy(candidates: Query, reward: RewardEnsemble, count: int) -> np.ndarray:
+        found = most_rewarded(candidates, reward, count)
+        assert count == 2 and len(found) == round(0.2 * len(candidates)) < len(candidates)
+        among = candidates[found]
+        chosen = among[Score()(among, count, reward, Preferences(), np.random.default_rng(0))]
+        best.append(list(map(int, chosen.first.step)))
+        return found
+
+    monkeypatch.setattr("pbrl.questions.most_rewarded", spy)
+    loop = tiny_loop(tmp_path / "run", "query=disagreement", "query.novel_share=0.2", "query.best_share=0.5")
+    asked = questions(loop)
+    assert [len(query) for query in asked] == [5, 5, 5]
+    assert len(best) == 2
+    for query, expected in zip(asked[1:], best, strict=True):
+        assert list(map(int, query.first.step[1:3])) == expected
         starts = {(int(a), int(b)) for a, b in zip(query.first.step, query.second.step, strict=True)}
         assert len(starts) == 5
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from pbrl.preferences import Preferences
-from pbrl.queries import THIN, KCenter, Score, Uniform, disagreement, entropy, k_center, most_novel, pair_features
+from pbrl.queries import (
+    THIN,
+    KCenter,
+    Score,
+    Uniform,
+    disagreement,
+    entropy,
+    k_center,
+    most_novel,
+    most_rewarded,
+    pair_features,
+)
 from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query, Segments
 
@@ -193,6 +204,22 @@ def test_what_all_members_are_wrong_about_is_novel_and_not_disagreed_about() -> 
     assert most_novel(candidates, asked(query(8, 1)), 1).tolist() == [17]
 
 
+def test_the_most_rewarded_pairs_have_two_good_clips() -> None:
+    candidates, ensemble = query(30), reward()
+    with torch.no_grad():
+        mean = [
+            torch.stack(
+                [member(torch.cat([side.obs, side.actions], -1)).sum((1, 2)) for member in ensemble.members]
+            ).mean(0)
+            for side in (candidates.first, candidates.second)
+        ]
+    worse = torch.minimum(*mean)
+    for count, expected in ((1, 6), (6, 6), (10, 10), (30, 30)):
+        found = most_rewarded(candidates, ensemble, count)
+        assert found.tolist() == sorted(range(30), key=lambda i: -float(worse[i]))[:expected], count
+    assert most_rewarded(swapped(candidates), ensemble, 10).tolist() == found.tolist()[:10]
+
+
 @pytest.mark.parametrize(
     ("make", "key"),
     [
@@ -200,6 +227,7 @@ def test_what_all_members_are_wrong_about_is_novel_and_not_disagreed_about() -> 
         (lambda: Uniform(recent_episodes=0), "query.recent_episodes=0"),
         (lambda: Uniform(branch_share=1.5), "query.branch_share=1.5"),
         (lambda: Uniform(novel_share=-0.1), "query.novel_share=-0.1"),
+        (lambda: Uniform(best_share=1.1), "query.best_share=1.1"),
         (lambda: Uniform(against_kept=True), "query.against_kept=True; expected false, or a number"),
         (lambda: Score(score="novelty"), "query.score=novelty"),
         (lambda: KCenter(score="novelty"), "query.score=novelty"),
