@@ -140,7 +140,9 @@ def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypat
         assert len(starts) == 5
 
 
-def test_a_share_of_the_rules_questions_is_about_the_best_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_the_rules_questions_is_about_the_best_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the most novel one, half of the other four are chosen among the best fifth, by the rule; all are different."""
     best: list[list[int]] = []
 
