@@ -24,6 +24,10 @@ class Pay:
     own for each step would be noise that the replay keeps until it is relabelled): the mean for n = 1, the minimum for
     n = M. std is the members' own deviation (divided by M). With β = k the pay turns from the mean to caution.
 
+    With a convexity c > 0 the pay is (exp(c·x) − 1) / c of that x. Answers tell which clip is better, not by how much:
+    what a reward fitted to them adds for the best steps is as little as orders the clips, and an agent paid so little
+    more for them stays at what it does surely (docs/campaign.md, section 9, AK). It keeps the order of the steps.
+
     Where β or k decays the replay keeps low_n and std apart, and each update of the agent weighs them anew at its own
     step (RUNE, as published).
 
@@ -31,9 +35,10 @@ class Pay:
         pessimism: k ≥ 0. pessimism_decay: δ in [0, 1), per environment step; 0: fixed.
         lowest_of: n ≥ 1.
         disagreement_bonus: β ≥ 0, RUNE's. disagreement_decay: ρ in [0, 1), per environment step.
+        convexity: c ≥ 0; 0: x itself.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or a convexity of a pay that moves.
     """
 
     pessimism: float = 0.0
@@ -41,6 +46,7 @@ class Pay:
     lowest_of: int = 1
     disagreement_bonus: float = 0.0
     disagreement_decay: float = 1e-5
+    convexity: float = 0.0
 
     def __post_init__(self) -> None:
         check(
@@ -54,6 +60,11 @@ class Pay:
                 "at least 0 (reward.pessimism pays less)",
             ),
             disagreement_decay=(self.disagreement_decay, 0 <= self.disagreement_decay < 1, "a share in [0, 1)"),
+            convexity=(
+                self.convexity,
+                self.convexity == 0 or (self.convexity > 0 and not self.moves),
+                "at least 0, and 0 where reward.pessimism or reward.disagreement_bonus decays",
+            ),
         )
 
     @property
@@ -79,7 +90,12 @@ class Pay:
             ValueError: if there are fewer than `lowest_of` members.
         """
         pay, weight = self._low(rewards), self.weight(step)
-        return pay + np.float32(weight) * rewards.std(axis=0) if weight else pay
+        return self.stretched(pay + np.float32(weight) * rewards.std(axis=0) if weight else pay)
+
+    def stretched(self, pay: np.ndarray) -> np.ndarray:
+        """(exp(c·x) − 1) / c of each x, float32 of any shape."""
+        c = np.float32(self.convexity)
+        return np.expm1(c * pay) / c if c else pay
 
     def apart(self, rewards: np.ndarray) -> np.ndarray:
         """low_n and std for the members' rewards, float32 [M, N]: float32 [2, N]. The pay is low_n + weight · std.

@@ -66,6 +66,7 @@ class DynamicsAwareReward(RewardEnsemble):
         lowest_of: int = 1,
         disagreement_bonus: float = 0.0,
         disagreement_decay: float = 1e-5,
+        convexity: float = 0.0,
     ) -> None:
         check(
             "reward",
@@ -92,6 +93,7 @@ class DynamicsAwareReward(RewardEnsemble):
             lowest_of=lowest_of,
             disagreement_bonus=disagreement_bonus,
             disagreement_decay=disagreement_decay,
+            convexity=convexity,
         )
         self.obs_scale, self.action_scale = Standardise(obs_dim, normalise), Standardise(act_dim, normalise)
         layer = ACTIVATIONS[activation]

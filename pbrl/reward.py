@@ -82,7 +82,7 @@ class RewardEnsemble(nn.Module):
         normalise: standardise observations and actions by their mean and deviation over the replay when the first
             answers are fitted, and by the same from then on (see `pretrain`).
         sees_actions: whether its inputs are observation and action, r(s, a); else the observation alone, r(s).
-        pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay: see `pbrl.pay.Pay`.
+        pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay, convexity: see `pbrl.pay.Pay`.
 
     Raises:
         ValueError: for fewer than one member or an unknown activation, output or precision.
@@ -106,6 +106,7 @@ class RewardEnsemble(nn.Module):
         lowest_of: int = 1,
         disagreement_bonus: float = 0.0,
         disagreement_decay: float = 1e-5,
+        convexity: float = 0.0,
     ) -> None:
         super().__init__()
         check(
@@ -118,7 +119,7 @@ class RewardEnsemble(nn.Module):
             precision=(precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         )
         self.slope, self.sees_actions = SLOPES[output], sees_actions
-        self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay)
+        self.pay = Pay(pessimism, pessimism_decay, lowest_of, disagreement_bonus, disagreement_decay, convexity)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             size = obs_dim + act_dim if sees_actions else obs_dim

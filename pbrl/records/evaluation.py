@@ -128,12 +128,12 @@ def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: St
         reward is constant.
         reward/saturated: share of the recent steps, over all members, at which the output's slope is below
         `NEARLY_SATURATED`: there answers hardly move the reward any more.
-        reward/paid_below: share of the recent steps paid less than the members' mean; reward/paid_below_by: how much
-        less, on average over those steps (0 if there are none).
+        reward/paid_below: share of the recent steps paid less than the members' mean would be;
+        reward/paid_below_by: how much less, on average over those steps (0 if there are none).
     """
     members, before = (reward.predict(obs, actions) for obs, actions, _ in (recent, kept))
     learned, true = members.mean(axis=0), recent[2]
-    below = learned - reward.pay(members, step)
+    below = reward.pay.stretched(learned) - reward.pay(members, step)
     short = below[below > 0]
     return {
         "reward/learned_per_step": float(learned.mean()),
