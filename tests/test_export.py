@@ -94,7 +94,7 @@ def test_a_reward_is_used_only_where_it_was_learned(
     "options",
     [
         (),
-        ("reward.pessimism=0.7", "reward.normalise=true"),
+        ("reward.pessimism=0.7", "reward.normalise=true", "reward.convexity=2"),
         ("reward.sees_actions=false", "reward.normalise=true"),
         ("reward=reed",),
         ("updater=oracle",),

@@ -40,6 +40,19 @@ def test_pay_by_hand() -> None:
     assert both(TWO, 100_000).tolist() == pytest.approx([1.0, 0.0])
 
 
+def test_a_convex_pay_keeps_the_order_and_widens_the_top() -> None:
+    rewards = np.linspace(-1, 1, 9, dtype=np.float32)[None]
+    for convexity in (0.5, 3.0):
+        pay = Pay(convexity=convexity)(rewards, 7)
+        assert pay.dtype == np.float32
+        expected = (np.exp(convexity * rewards[0].astype(np.float64)) - 1) / convexity
+        np.testing.assert_allclose(pay, expected, rtol=1e-6, atol=1e-7)
+        steps = np.diff(pay)
+        assert (steps > 0).all() and (np.diff(steps) > 0).all()
+    cautious = Pay(pessimism=0.5, convexity=2.0)(TWO, 100)  # of 1.5 and 0
+    assert cautious.tolist() == pytest.approx([np.expm1(3.0) / 2, 0.0])
+
+
 @pytest.mark.parametrize("lowest_of", [1, 2, 3, 5])
 def test_the_lowest_of_some_is_the_average_over_all_draws(lowest_of: int) -> None:
     rewards = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
@@ -49,7 +62,15 @@ def test_the_lowest_of_some_is_the_average_over_all_draws(lowest_of: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"pessimism": -1.0}, {"pessimism_decay": 1.0}, {"lowest_of": 0}, {"disagreement_bonus": -0.1}]
+    "options",
+    [
+        {"pessimism": -1.0},
+        {"pessimism_decay": 1.0},
+        {"lowest_of": 0},
+        {"disagreement_bonus": -0.1},
+        {"convexity": -1.0},
+        {"convexity": 1.0, "pessimism": 1.0, "pessimism_decay": 0.1},
+    ],
 )
 def test_pay_out_of_range_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"reward.{next(iter(options))}="):
@@ -57,22 +78,25 @@ def test_pay_out_of_range_is_refused_by_name(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "weight"),
+    ("options", "weight", "convexity"),
     [
-        (("reward.pessimism=0.5",), -0.5),
-        (("reward.disagreement_bonus=0.5", "reward.disagreement_decay=0"), 0.5),
+        (("reward.pessimism=0.5",), -0.5, 0.0),
+        (("reward.disagreement_bonus=0.5", "reward.disagreement_decay=0"), 0.5, 0.0),
+        (("reward.pessimism=0.5",), -0.5, 3.0),
     ],
 )
 def test_caution_and_curiosity_are_stored_and_relabelled(
-    tmp_path: Path, options: tuple[str, ...], weight: float
+    tmp_path: Path, options: tuple[str, ...], weight: float, convexity: float
 ) -> None:
-    loop = tiny_loop(tmp_path / "run", *options, "total_steps=210")
+    loop = tiny_loop(tmp_path / "run", *options, f"reward.convexity={convexity}", "total_steps=210")
     loop.run()
     replay = loop.agent.replay_buffer
     obs, actions = replay.observations[:210, 0].copy(), replay.actions[:210, 0].copy()
     predicted = loop.parts.reward.predict(obs, actions)
     assert predicted.std(0).max() > 1e-3
     expected = predicted.mean(0) + weight * predicted.std(0)  # relabelled at step 200, ten new ones since
+    if convexity:
+        expected = np.expm1(convexity * expected) / convexity
     np.testing.assert_allclose(replay.rewards[:210, 0], expected, rtol=1e-5, atol=2e-6)
     written = rows(tmp_path / "run")
     session = next(row for row in written if "feedback/session" in row)
@@ -95,6 +119,7 @@ def test_caution_goes_with_every_updater(tmp_path: Path, updater: str) -> None:
         (("reward.pessimism=1", "reward.members=1", "query=uniform"), "members of at least 2"),
         (("reward.lowest_of=4",), "reward.members=3; expected at least 4"),
         (("reward.pessimism=-1",), "reward.pessimism=-1"),
+        (("reward.convexity=3", "reward.disagreement_bonus=0.1"), "reward.convexity=3; expected .* decays"),
     ],
 )
 def test_caution_that_cannot_be_is_refused(tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
@@ -207,7 +232,11 @@ def test_every_updater_learns_a_reward_of_observations(tmp_path: Path, updater: 
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("reward=reed", "reward.embedding=16", "reward.max_updates=5"), ("reward.sees_actions=false",)],
+    [
+        (),
+        ("reward=reed", "reward.embedding=16", "reward.max_updates=5"),
+        ("reward.sees_actions=false", "reward.convexity=2"),
+    ],
 )
 def test_a_standardised_pessimistic_run_resumes_bit_for_bit(tmp_path: Path, options: tuple[str, ...]) -> None:
     short = ("reward.normalise=true", "reward.pessimism=1", "reward.lowest_of=2", "total_steps=420", *options)
