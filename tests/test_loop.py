@@ -143,7 +143,7 @@ def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypat
 def test_a_share_of_the_rules_questions_is_about_the_best_clips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the most novel one, half of the other four are the rule's choice among the best fifth; all are different."""
+    """After the most novel one, half of the other four are the rule's among the best fifth; all differ."""
     best: list[list[int]] = []
 
     def spy(candidates: Query, reward: RewardEnsemble, count: int) -> np.ndarray:
