@@ -90,9 +90,9 @@ class Pay:
             ValueError: if there are fewer than `lowest_of` members.
         """
         pay, weight = self._low(rewards), self.weight(step)
-        return self.stretched(pay + np.float32(weight) * rewards.std(axis=0) if weight else pay)
+        return self.convex(pay + np.float32(weight) * rewards.std(axis=0) if weight else pay)
 
-    def stretched(self, pay: np.ndarray) -> np.ndarray:
+    def convex(self, pay: np.ndarray) -> np.ndarray:
         """(exp(c·x) − 1) / c of each x, float32 of any shape."""
         c = np.float32(self.convexity)
         return np.expm1(c * pay) / c if c else pay

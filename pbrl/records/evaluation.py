@@ -133,7 +133,7 @@ def over_optimisation(reward: RewardEnsemble, step: int, recent: Steps, kept: St
     """
     members, before = (reward.predict(obs, actions) for obs, actions, _ in (recent, kept))
     learned, true = members.mean(axis=0), recent[2]
-    below = reward.pay.stretched(learned) - reward.pay(members, step)
+    below = reward.pay.convex(learned) - reward.pay(members, step)
     short = below[below > 0]
     return {
         "reward/learned_per_step": float(learned.mean()),
