@@ -611,7 +611,7 @@ def _success_cells(runs: Sequence[Run], pebble: Sequence[Run]) -> list[str]:
 
 
 def _points(differences: Array) -> str:
-    """Mean difference of paired success rates and Student's interval, in points of a hundred, at most 100 either way."""
+    """Mean difference of paired success rates and Student's interval, in points of a hundred, within ±100."""
     low, high = 100 * np.clip(student_interval([differences]), -1, 1)
     shown = f"{100 * differences.mean():.0f}"
     return shown if np.isnan(low) else f"{shown} [{low:.0f}, {high:.0f}]"
