@@ -76,16 +76,14 @@ class PaidReward(nn.Module):
         super().__init__()
         self.reward = _static(reward)
         self.register_buffer("shares", torch.from_numpy(reward.pay.shares(len(reward.members))))
-        self.weight, self.convexity = float(reward.pay.weight(step)), float(reward.pay.convexity)
+        self.weight, self.convex = float(reward.pay.weight(step)), reward.pay.convex
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         members = self.reward(obs, actions)
         pay = self.shares @ torch.sort(members, dim=0).values
         if self.weight:
             pay = pay + self.weight * members.std(dim=0, correction=0)
-        if self.convexity:
-            pay = torch.expm1(self.convexity * pay) / self.convexity
-        return pay, members
+        return self.convex(pay), members
 
 
 def _static(module: nn.Module) -> nn.Module:

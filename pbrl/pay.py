@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pbrl.checks import check
+
+Values = TypeVar("Values", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,14 @@ class Pay:
         pay, weight = self._low(rewards), self.weight(step)
         return self.convex(pay + np.float32(weight) * rewards.std(axis=0) if weight else pay)
 
-    def convex(self, pay: np.ndarray) -> np.ndarray:
-        """(exp(c·x) − 1) / c of each x, float32 of any shape."""
+    def convex(self, pay: Values) -> Values:
+        """(exp(c·x) − 1) / c of each x, float of any shape; of a tensor with its graph."""
+        if not self.convexity:
+            return pay
+        if isinstance(pay, Tensor):
+            return torch.expm1(self.convexity * pay) / self.convexity
         c = np.float32(self.convexity)
-        return np.expm1(c * pay) / c if c else pay
+        return np.expm1(c * pay) / c
 
     def apart(self, rewards: np.ndarray) -> np.ndarray:
         """low_n and std for the members' rewards, float32 [M, N]: float32 [2, N]. The pay is low_n + weight · std.

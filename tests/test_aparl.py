@@ -297,6 +297,28 @@ def rows_for(reward, scale=1.0):
     return WeightedRows(obs, actions, scale * torch.randn(2, 20, generator=generator))
 
 
+def test_a_term_follows_the_reward_as_it_is_paid():
+    """By finite differences of what each member alone would be paid, (exp(2 r) − 1) / 2."""
+    reward = RewardEnsemble(2, 1, members=3, hidden=(8, 8), activation="silu", convexity=2.0).double()
+    rows = rows_for(reward)
+    rows = WeightedRows(rows.obs.double(), rows.actions.double(), rows.weights.double())
+    found = rows.gradients(reward, rows.weights[0])
+
+    def value():
+        with torch.no_grad():
+            return float((rows.weights[0] * ((2 * reward(rows.obs, rows.actions)).exp() - 1) / 2).sum())
+
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in reward.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        ends = []
+        for shift in (1e-5, -1e-5):
+            parameter.data += shift * direction
+            ends.append(value())
+            parameter.data -= shift * direction
+        assert float((found[name] * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
 @pytest.mark.parametrize("clip", [0.1, math.inf])
 def test_each_member_gets_at_most_clip_times_its_first_term(clip):
     reward = ensemble()

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from pbrl.bilevel.params import gradient, leaves
+from pbrl.pay import Pay
 from pbrl.types import Params
 from pbrl.updaters.mrn import critic_step, outer_loss, reward_weights
 from tests.conftest import finish, rows, tiny_loop
@@ -30,7 +31,9 @@ class Critics(nn.Module):
         return torch.cat([net(x) for net in self.nets], dim=1).T
 
 
-def test_mrns_closed_form_equals_finite_differences_of_the_two_steps() -> None:
+@pytest.mark.parametrize("convexity", [0.0, 2.0])
+def test_mrns_closed_form_equals_finite_differences_of_the_two_steps(convexity: float) -> None:
+    pay = Pay(convexity=convexity).convex
     torch.manual_seed(0)
     critics, reward = Critics(), nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     x, following = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
@@ -47,18 +50,18 @@ def test_mrns_closed_form_equals_finite_differences_of_the_two_steps() -> None:
 
     def outer() -> float:
         """U(psi), computed the long way: the critics' step by autograd, then both cross-entropies."""
-        target = (reward(x).squeeze(1) + 0.99 * following).detach()
+        target = (pay(reward(x).squeeze(1)) + 0.99 * following).detach()
         params = {name: value.clone().requires_grad_() for name, value in theta.items()}
         lower = sum(F.mse_loss(q, target) for q in values(params))
         moves = torch.autograd.grad(lower, list(params.values()))  # type: ignore[arg-type]
         moved = {name: p.detach() - step * g for (name, p), g in zip(params.items(), moves, strict=True)}
         return float(weight * sum(F.binary_cross_entropy_with_logits(z, labels) for z in logits(moved)))
 
-    target = reward(x).squeeze(1).detach() + 0.99 * following
+    target = pay(reward(x).squeeze(1)).detach() + 0.99 * following
     moved = leaves(critic_step(values, theta, target, step))
     loss = weight * outer_loss(logits(moved), labels)
     weights = reward_weights(values, theta, gradient(loss, moved), step)
-    (weights * reward(x).squeeze(1)).sum().backward()
+    (weights * pay(reward(x).squeeze(1))).sum().backward()
     assert float(loss.detach()) == pytest.approx(outer(), rel=1e-12)
     largest = max(float(p.grad.abs().max()) for p in reward.parameters() if p.grad is not None)
     assert largest > 1e-4

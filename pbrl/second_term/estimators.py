@@ -102,7 +102,7 @@ def _solve(
 ) -> Estimate:
     together, pieces = ScoreRows.cat(scores).to(reward.device), fresh.pieces
     with torch.no_grad():
-        rewards = mean_rewards(reward, pieces)
+        rewards = reward.pay.convex(mean_rewards(reward, pieces))
     return implicit_term(
         settings,
         session.policy,

@@ -2,8 +2,8 @@
 
 Whatever the method, its second term has the form Σ_i w_i ∂_phi r_phi(s_i, a_i) with weights fixed for one update. It is
 evaluated anew at the present phi at every optimiser step, so it follows the reward as it changes. Every member of an
-ensemble is treated as though it were the reward alone; the weights come from the members' mean, which is what the agent
-is paid.
+ensemble is treated as though it were the reward alone; the weights come from the members' mean. An agent that is paid a
+convex function of the reward follows that: r_phi here is then the function of it (caution and curiosity are left out).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """Two disjoint estimates of a term Σ_i w_i ∂_phi r_phi(s_i, a_i); the term itself is their mean."""
+    """Two disjoint estimates of a term Σ_i w_i ∂_phi r_phi(s_i, a_i), r_phi as it is paid; the term is their mean."""
 
     obs: Tensor  # float32 [R, obs_dim]
     actions: Tensor  # float32 [R, act_dim]
@@ -49,13 +49,13 @@ class WeightedRows:
         )
 
     def gradient(self, reward: RewardEnsemble, group: Group, weights: Tensor) -> Params:
-        """Σ_i weights_i ∂ r(s_i, a_i) in the group's parameters, r summed over its members; weights float32 [R]."""
+        """Σ_i weights_i ∂ r(s_i, a_i) in the group's parameters, r the sum of its members' convex pay; weights [R]."""
         used = torch.nonzero(weights)[:, 0]
         if len(used) == 0:
             return {name: torch.zeros_like(value) for name, value in group.parameters.items()}
         with torch.enable_grad():
             rewards = [reward.member(m, self.obs[used], self.actions[used]) for m in group.members]
-            value = (weights[used] * torch.stack(rewards).sum(0)).sum()
+            value = (weights[used] * reward.pay.convex(torch.stack(rewards)).sum(0)).sum()
             found = torch.autograd.grad(value, list(group.parameters.values()), materialize_grads=True)
         return dict(zip(group.parameters, found, strict=True))
 

@@ -106,7 +106,7 @@ def implicit_term(
 
     Args:
         trajectories: the pieces, on the policy's device; at least 2 per part, else there is no estimate.
-        rewards: r_phi of their steps, float32 [B, H], constants.
+        rewards: what their steps are paid, float32 [B, H], constants.
         score_gradients: ∂_theta G for each part (`ScoreRows.gradients`).
         generator: of the probes of the mean eigenvalue.
     """

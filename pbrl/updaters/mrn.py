@@ -106,7 +106,7 @@ class Mrn(Updater):
         obs, actions, critic = batch["obs"], batch["actions"], policy.critic_parameters()
         following = policy.next_value(batch["next_obs"], session.normal(*actions.shape).to(actions.device))
         with torch.no_grad():
-            target = reward.mean(obs, actions) + policy.gamma * batch["not_done"] * following
+            target = reward.pay.convex(reward.mean(obs, actions)) + policy.gamma * batch["not_done"] * following
         latest = slice(max(len(preferences) - self.meta_pairs, 0), len(preferences))
         sides = preferences.first[latest], preferences.second[latest]
         starts = [(side.obs[:, 0].to(obs.device), side.actions[:, 0].to(obs.device)) for side in sides]
@@ -120,6 +120,6 @@ class Mrn(Updater):
         loss = self.outer_weight * outer_loss(predicted, labels)
         weights = reward_weights(values, critic, gradient(loss, moved), self.critic_learning_rate)
         reward.optimizer.zero_grad(set_to_none=True)
-        (weights * reward.mean(obs, actions)).sum().backward()
+        (weights * reward.pay.convex(reward.mean(obs, actions))).sum().backward()
         reward.optimizer.step()
         return {"mrn/outer_loss": float(loss.detach())}
