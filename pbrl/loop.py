@@ -66,11 +66,12 @@ class Loop:
         *seeds, critic_seed = np.random.SeedSequence((self.seed, 1)).spawn(4)
         query_rng, updater_rng, health_rng = self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.critic_seed = int(critic_seed.generate_state(1)[0])
-        self.session = AgentSession(agent, updater_rng)
+        before = self.pretraining
+        self.entropy = StateEntropy(agent.replay_buffer, before.nearest, before.bounded, before.whiten)
+        self.session = AgentSession(agent, updater_rng, self.entropy)
         self.questions = Questions(parts, self.session, self.feedback, total, length, query_rng)
         self.diary = Diary(parts, self.run_dir, total, length, self.feedback, self.evaluation, self.oracle, health_rng)
         self.dialogue = Dialogue(parts, self.questions, self.diary, lambda: self.stop(), self.on_asking)
-        self.entropy = StateEntropy(agent.replay_buffer, self.pretraining.nearest, self.pretraining.bounded)
         self.asks = parts.asks
         self.session.watch = self.diary.advance
         pretraining_ends = agent.learning_starts + self.pretraining.steps

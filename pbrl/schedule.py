@@ -94,7 +94,7 @@ class Pretraining:
     Args:
         steps: environment steps; 0: none. nearest: k of the k-nearest-neighbour bonus.
         reset_critic: new critics when it ends. updates: gradient steps at once on the first learned reward.
-        bounded: see `StateEntropy`.
+        bounded, whiten: see `StateEntropy`.
     """
 
     steps: int = 9000
@@ -102,6 +102,7 @@ class Pretraining:
     reset_critic: bool = True
     updates: int = 100
     bounded: bool = False
+    whiten: bool = False
 
     def __post_init__(self) -> None:
         check(

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbrl.agent.exploration import StateEntropy
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.agent.view import AgentView
-from pbrl.nearest import nearest_distances
 from pbrl.rollouts import Rollouts
 from pbrl.types import Moments, Params, Query, Segments
 
@@ -23,11 +23,12 @@ class AgentSession:
     Args:
         agent: whose policy acts; its rollouts record.
         rng: the updater's generator.
+        entropy: what pretraining pays for, whose distances `novelty` gives.
     """
 
-    def __init__(self, agent: PreferenceSAC, rng: np.random.Generator) -> None:
+    def __init__(self, agent: PreferenceSAC, rng: np.random.Generator, entropy: StateEntropy) -> None:
         assert agent.rollouts is not None
-        self.agent, self.rng = agent, rng
+        self.agent, self.rng, self.entropy = agent, rng, entropy
         self.rollouts: Rollouts = agent.rollouts
         self.policy = AgentView(agent)
         self.watch: Callable[[], None] = lambda: None  # is called now and then while steps are taken
@@ -110,9 +111,7 @@ class AgentSession:
         return self.agent.replay_buffer.moments()
 
     def novelty(self, obs: Tensor, nearest: int) -> Tensor:
-        replay = self.agent.replay_buffer
-        stored = torch.from_numpy(replay.observations[: replay.size(), 0])
-        return nearest_distances(obs.cpu(), stored, nearest).to(obs.device)
+        return self.entropy.distances(obs.cpu(), nearest).to(obs.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal draws from the updater's generator: float32 [*shape]."""

@@ -334,7 +334,8 @@ class Session(Protocol):
         """Mean and standard deviation of all observations in the replay, and of all actions: float64 [·] each."""
 
     def novelty(self, obs: Tensor, nearest: int) -> Tensor:
-        """Distance of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one: float32 [B]."""
+        """Distance of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one, in the units of
+        pretraining: float32 [B]."""
 
 
 def tensor_fields(value: Any) -> dict[str, Tensor]:

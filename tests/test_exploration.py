@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise
+from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise, principal_units
 from pbrl.agent.replay import RelabelReplay
 from pbrl.nearest import nearest_distances
-from tests.conftest import point_mass_agent
+from tests.conftest import finish, point_mass_agent, rows, stopped_and_resumed, tiny_loop
 
 
 def by_definition(queries: Tensor, stored: Tensor, k: int) -> Tensor:
@@ -51,6 +52,46 @@ def test_the_bonus_is_the_distance_in_running_standard_deviations() -> None:
     again = StateEntropy(stocked(points), nearest=3)
     again.load_state(bonus.state())
     assert again(stored[:9]).equal(bonus(stored[:9]))
+
+
+def test_whitened_the_bonus_is_the_mahalanobis_distance() -> None:
+    """Of two dimensions that nearly repeat one another."""
+    rng = np.random.default_rng(0)
+    points = (rng.normal(size=(60, 2)) @ np.array([[1.0, 0.99], [0.0, 0.05]])).astype(np.float32)
+    stored = torch.from_numpy(points)
+    inverse = np.linalg.inv(np.cov(points.T.astype(np.float64), bias=True))
+    apart = points[:, None].astype(np.float64) - points[None]
+    distances = torch.from_numpy(np.sqrt(np.einsum("ijk,kl,ijl->ij", apart, inverse, apart)))
+    expected = distances.sort(dim=1).values[:, 3]
+    bonus = StateEntropy(stocked(points), nearest=3, whiten=True)
+    torch.testing.assert_close(bonus.distances(stored, 3).double(), expected, rtol=1e-3, atol=1e-3)
+    replay = bonus.replay
+    replay.observations[60:65, 0], replay.pos = 5.0, 65  # not yet a tenth more
+    units = bonus.units
+    bonus(stored[:9])
+    again = StateEntropy(replay, nearest=3, whiten=True)
+    again.load_state(bonus.state())
+    assert again(stored[:9]).equal(bonus(stored[:9])) and bonus.units is units
+    replay.pos = 66
+    bonus(stored[:9])
+    assert not bonus.units.equal(units)
+
+
+def test_what_hardly_varies_does_not_count_as_new() -> None:
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(200, 1))
+    points = np.concatenate([wide, wide + 1e-3 * rng.normal(size=(200, 1)), np.full((200, 1), 7.0)], axis=1)
+    units = principal_units(torch.from_numpy(points.astype(np.float32)))
+    assert units.shape == (3, 1) and float(units[2].abs().max()) == 0
+    spread = torch.from_numpy(points.astype(np.float32)) @ units
+    assert float(spread.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_whitened_run_resumes_in_the_midst_of_pretraining_bit_for_bit(tmp_path: Path) -> None:
+    finish(stopped_and_resumed(tmp_path, 155, "pretraining.whiten=true"))
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+    finish(tiny_loop(tmp_path / "raw"))
+    assert rows(tmp_path / "raw") != rows(tmp_path / "whole")
 
 
 def test_there_is_no_bonus_before_there_are_neighbours() -> None:

@@ -24,6 +24,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from pbrl.agent.exploration import StateEntropy
 from pbrl.launch.shipped import make
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
@@ -57,7 +58,7 @@ def session(steps: int = STEPS) -> tuple[AgentSession, Preferences]:
     """A session whose fresh rollouts and answers are those of the module's text."""
     agent = make("agent", "sac", env=Walk(), seed=0, learning_starts=0, buffer_size=2 * steps, compile=False)
     agent.attach(Rollouts(3 * steps, OBS, ACT))
-    found = AgentSession(agent, np.random.default_rng(0))
+    found = AgentSession(agent, np.random.default_rng(0), StateEntropy(agent.replay_buffer))
     found.collect_fresh(steps)
     query = replace(
         found.rollouts.query(PAIRS, SEGMENT, np.random.default_rng(1)), fresh=torch.ones(PAIRS, dtype=torch.bool)

@@ -10,6 +10,32 @@ from torch import Tensor
 
 from pbrl.agent.replay import RelabelReplay
 from pbrl.nearest import nearest_distances
+from pbrl.standardise import CONSTANT
+
+SLIGHT = 0.01  # standardised, the observations' spread along a direction below which it does not count: rounding
+GROWTH = 1.1  # the directions are found anew when the replay has grown by so much
+
+
+def principal_units(stored: Tensor) -> Tensor:
+    """What takes observations to their principal directions, each in units of its own spread.
+
+    The directions are those of the standardised observations: a dimension with a deviation below `CONSTANT` and a
+    direction along which they vary by less than `SLIGHT` do not count.
+
+    Args:
+        stored: float32 [N, obs_dim].
+
+    Returns:
+        float32 [obs_dim, D], D ≤ obs_dim: (a − b) @ it has a norm that is the Mahalanobis distance of a and b.
+    """
+    deviation = stored.double().std(dim=0, unbiased=False)
+    moving = deviation > CONSTANT
+    scaled = (stored[:, moving].double() - stored[:, moving].double().mean(dim=0)) / deviation[moving]
+    variances, directions = torch.linalg.eigh(scaled.T @ scaled / len(stored))
+    kept = variances > SLIGHT**2
+    units = torch.zeros(stored.shape[1], int(kept.sum()), dtype=torch.float64)
+    units[moving] = directions[:, kept] / variances[kept].sqrt() / deviation[moving][:, None]
+    return units.float()
 
 
 class StateEntropy:
@@ -18,28 +44,41 @@ class StateEntropy:
     PEBBLE eq. (4) without the logarithm, as in its published code; the running moments are Chan et al.'s exact ones
     (the published ones have a slip in the mean). Distances are to all observations stored so far.
 
+    In observations as they are the distance is mostly that of what moves most, a robot's hand; whitened it is as much
+    that of what moves seldom, such as what the hand should move (docs/campaign.md, section 9, AO).
+
     Args:
         replay: where the observations are stored.
         nearest: k ≥ 1.
         bounded: pay clip((d − mean) / (3 std), −1, 1) instead, which a reward network can represent (RIME).
+        whiten: distances in `principal_units` of the replay, found anew whenever it has grown by a tenth.
     """
 
-    def __init__(self, replay: RelabelReplay, nearest: int = 5, bounded: bool = False) -> None:
-        self.replay, self.nearest, self.bounded = replay, nearest, bounded
+    def __init__(self, replay: RelabelReplay, nearest: int = 5, bounded: bool = False, whiten: bool = False) -> None:
+        self.replay, self.nearest, self.bounded, self.whiten = replay, nearest, bounded, whiten
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
+        self.units, self.measured = torch.empty(0), 0  # of so many observations
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Bonus of a batch of observations: float32 [B]."""
-        stored = torch.from_numpy(self.replay.observations[: self.replay.size(), 0])
-        if len(stored) <= self.nearest:
+        if self.replay.size() <= self.nearest:
             return torch.zeros(len(obs), device=obs.device)
-        distances = nearest_distances(obs.cpu(), stored, self.nearest)
+        distances = self.distances(obs.cpu(), self.nearest)
         self._count(distances.double())
         std = (self.squares / self.count) ** 0.5
         if self.bounded:
             return ((distances - self.mean) / max(3 * std, 1e-8)).clamp(-1, 1).to(obs.device)
         return (distances / std if std > 0 else distances).to(obs.device)
+
+    def distances(self, obs: Tensor, nearest: int) -> Tensor:
+        """Of each observation, float32 [B, obs_dim], to its `nearest`-th nearest stored one: float32 [B]."""
+        stored = torch.from_numpy(self.replay.observations[: self.replay.size(), 0])
+        if self.whiten:
+            if len(stored) >= GROWTH * self.measured:
+                self.units, self.measured = principal_units(stored), len(stored)
+            obs, stored = obs @ self.units, stored @ self.units
+        return nearest_distances(obs, stored, nearest)
 
     def _count(self, values: Tensor) -> None:
         size, mean = len(values), float(values.mean())
@@ -49,12 +88,14 @@ class StateEntropy:
         self.count = total
 
     def state(self) -> dict[str, Any]:
-        """The running moments."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        """The running moments, and the units."""
+        moments = {"count": self.count, "mean": self.mean, "squares": self.squares}
+        return moments | {"units": self.units.tolist(), "measured": self.measured}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+        self.units, self.measured = torch.tensor(state.get("units", [])), state.get("measured", 0)  # {}: older runs
 
 
 def colored_noise(color: float, steps: int, dims: int, rng: np.random.Generator) -> np.ndarray:
