@@ -33,7 +33,7 @@ def task_names() -> list[str]:
 
 
 class MetaWorld(SimulatorEnv):
-    """One Meta-World task. Observation float32 [39], action [4]: hand displacement x, y, z and gripper effort.
+    """One Meta-World task. Observation float32 [39 or 57], action [4]: hand displacement x, y, z and gripper effort.
 
     `info["success"]` is 1.0 at steps where the task is achieved; it may fall back to 0.0 later in the episode.
 
@@ -43,6 +43,9 @@ class MetaWorld(SimulatorEnv):
         reward_version: "v2" (0 to 10 per step) or "v1".
         seed: first seed; see SimulatorEnv.
         action_repeat: control steps for which an action is held; each makes one environment step.
+        displacement: append how far the frame's 18 numbers (hand, gripper, objects) are from those that the episode
+            began with. Objects begin elsewhere in each episode, and the goal is hidden: whether a button is pressed or
+            stands a little further back, a single frame does not tell.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class MetaWorld(SimulatorEnv):
         reward_version: str = "v2",
         seed: int | None = None,
         action_repeat: int = 1,
+        displacement: bool = False,
     ) -> None:
         tasks = _tasks()
         if task not in tasks:
@@ -66,21 +70,25 @@ class MetaWorld(SimulatorEnv):
         self._camera = Camera(env.model, "corner2", upside_down=True)
         self.step_seconds = float(env.dt) * action_repeat
         size = self._physics.size + 2 * _FRAME + len(_MEMORY)
-        super().__init__(2 * _FRAME + 3, 4, horizon, size, seed, action_repeat)
+        self._displacement = displacement
+        super().__init__((3 if displacement else 2) * _FRAME + 3, 4, horizon, size, seed, action_repeat)
 
     def _start(self, episode_seed: int) -> NDArray[Any]:
         env = self._env
         import_mujoco().mj_resetData(env.model, env.data)  # Meta-World's reset begins where the last episode ended
         env.np_random = np.random.default_rng(episode_seed)
         obs, _ = env.reset()
-        self._previous_frame = obs[_FRAME : 2 * _FRAME]
-        return obs
+        self._previous_frame, self._first_frame = obs[_FRAME : 2 * _FRAME], obs[:_FRAME]
+        return self._seen(obs)
+
+    def _seen(self, obs: NDArray[Any]) -> NDArray[Any]:
+        return np.append(obs, obs[:_FRAME] - self._first_frame) if self._displacement else obs
 
     def _advance(self, action: NDArray[np.float64]) -> tuple[NDArray[Any], float, bool, dict[str, Any]]:
         obs, reward, terminated, _, info = self._env.step(action)
         self._previous_frame = obs[_FRAME : 2 * _FRAME]
         info["success"] = float(info["success"])
-        return obs, reward, terminated, info
+        return self._seen(obs), reward, terminated, info
 
     def _save(self, out: State) -> None:
         split = self._physics.size
@@ -99,7 +107,8 @@ class MetaWorld(SimulatorEnv):
         for name, value in zip(_MEMORY, saved[split + 2 * _FRAME :], strict=True):
             setattr(env, name, None if value < 0 else float(value))
         obs = np.concatenate([env._prev_obs, self._previous_frame, np.zeros(3)])
-        return np.clip(obs, env.sawyer_observation_space.low, env.sawyer_observation_space.high)  # as Meta-World does
+        space = env.sawyer_observation_space
+        return self._seen(np.clip(obs, space.low, space.high))  # as Meta-World does
 
     def render(self, width: int = 256, height: int = 256) -> NDArray[np.uint8]:
         """The scene from the front right, uint8 [height, width, 3]; its model's cameras are upside down."""

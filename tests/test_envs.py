@@ -36,6 +36,7 @@ MAKERS = {
     "walker": lambda: DMControl("walker", "walk", horizon=60),
     "quadruped": lambda: DMControl("quadruped", "run", horizon=60),
     "walker-repeat": lambda: DMControl("walker", "walk", horizon=59, action_repeat=3),
+    "metaworld-displacement": lambda: MetaWorld("door-open", horizon=60, displacement=True),
     "metaworld-repeat": lambda: MetaWorld("door-open", horizon=59, action_repeat=2),
     "reacher": lambda: DMControl("reacher", "hard", horizon=60),  # its layout is in the model
     "pointmass": lambda: PointMass(horizon=60),
