@@ -123,7 +123,7 @@ def test_quick_door_open_is_what_its_five_seeds_were_run_with() -> None:
     for run in runs:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
         assert json.loads((run / "summary.json").read_text())["feedback/labels"] == now["feedback"]["budget"]
-        later = ("query.best_share", "reward.convexity", "pretraining.whiten", "env.displacement")  # all off: 0 or false
+        later = ("query.best_share", "reward.convexity", "pretraining.whiten", "env.displacement")  # all off
         for part, key in (name.split(".") for name in later):
             then[part].setdefault(key, 0)
         parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
