@@ -66,8 +66,8 @@ class Loop:
         *seeds, critic_seed = np.random.SeedSequence((self.seed, 1)).spawn(4)
         query_rng, updater_rng, health_rng = self.rngs = [np.random.default_rng(seed) for seed in seeds]
         self.critic_seed = int(critic_seed.generate_state(1)[0])
-        before = self.pretraining
-        self.entropy = StateEntropy(agent.replay_buffer, before.nearest, before.bounded, before.whiten)
+        pretraining = self.pretraining
+        self.entropy = StateEntropy(agent.replay_buffer, pretraining.nearest, pretraining.bounded, pretraining.whiten)
         self.session = AgentSession(agent, updater_rng, self.entropy)
         self.questions = Questions(parts, self.session, self.feedback, total, length, query_rng)
         self.diary = Diary(parts, self.run_dir, total, length, self.feedback, self.evaluation, self.oracle, health_rng)

@@ -99,12 +99,8 @@ class Pay:
 
     def convex(self, pay: Values) -> Values:
         """(exp(c·x) − 1) / c of each x, float of any shape; of a tensor with its graph."""
-        if not self.convexity:
-            return pay
-        if isinstance(pay, Tensor):
-            return torch.expm1(self.convexity * pay) / self.convexity
-        c = np.float32(self.convexity)
-        return np.expm1(c * pay) / c
+        expm1 = torch.expm1 if isinstance(pay, Tensor) else np.expm1
+        return expm1(self.convexity * pay) / self.convexity if self.convexity else pay
 
     def apart(self, rewards: np.ndarray) -> np.ndarray:
         """low_n and std for the members' rewards, float32 [M, N]: float32 [2, N]. The pay is low_n + weight · std.

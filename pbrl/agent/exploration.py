@@ -28,9 +28,9 @@ def principal_units(stored: Tensor) -> Tensor:
     Returns:
         float32 [obs_dim, D], D ≤ obs_dim: (a − b) @ it has a norm that is the Mahalanobis distance of a and b.
     """
-    deviation = stored.double().std(dim=0, unbiased=False)
+    deviation, mean = torch.std_mean(stored.double(), dim=0, unbiased=False)
     moving = deviation > CONSTANT
-    scaled = (stored[:, moving].double() - stored[:, moving].double().mean(dim=0)) / deviation[moving]
+    scaled = ((stored.double() - mean) / deviation)[:, moving]
     variances, directions = torch.linalg.eigh(scaled.T @ scaled / len(stored))
     kept = variances > SLIGHT**2
     units = torch.zeros(stored.shape[1], int(kept.sum()), dtype=torch.float64)
