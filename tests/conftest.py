@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 import pbrl.asking
 from envs.pointmass import PointMass
@@ -28,6 +29,8 @@ from pbrl.launch.build import build
 from pbrl.launch.configuration import register_resolvers
 from pbrl.launch.shipped import make
 from pbrl.loop import Loop, Stopped
+from pbrl.pay import Pay
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Answer, Query
 
 torch.set_num_threads(1)
@@ -81,6 +84,13 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the columns that measure time."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+class PaidMean(RewardEnsemble):
+    """Its mean is what an agent with convexity 2 is paid for it."""
+
+    def mean(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return Pay(convexity=2.0).convex(super().mean(obs, actions))
 
 
 def stopped_and_resumed(folder: Path, at: int, *overrides: str) -> Loop:

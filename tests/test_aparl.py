@@ -13,12 +13,13 @@ from pbrl.bilevel.params import flatten, norm
 from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import RewardEnsemble
+from pbrl.second_term import estimators
 from pbrl.second_term.fresh import cut, divide, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
 from pbrl.second_term.guard import Estimate, Safeguard, SecondTerm, WeightedRows, groups
 from pbrl.second_term.upper import pair_scores
 from pbrl.types import Answer, Query, Segments
-from tests.conftest import finish, option, tiny_loop
+from tests.conftest import PaidMean, finish, option, tiny_loop
 from tests.gaussian_problem import GaussianSession, assert_unbiased, exact_terms, quadratic_reward
 
 FEW = {"fit": {"epochs": 3, "least_steps": 0}}
@@ -317,6 +318,18 @@ def test_a_term_follows_the_reward_as_it_is_paid():
             ends.append(value())
             parameter.data -= shift * direction
         assert float((found[name] * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["full", "paper"])
+def test_a_curvature_of_rewards_is_that_of_the_pay(estimator):
+    settings = aparl(implicit=EXACT | {"estimator": estimator}).implicit
+    found = []
+    for make, convexity in ((RewardEnsemble, 2.0), (PaidMean, 0.0), (RewardEnsemble, 0.0)):
+        reward = make(2, 1, members=3, hidden=(8, 8), activation="silu", convexity=convexity)
+        session = GaussianSession(0)
+        rows = estimators.estimate(settings, "preference", None, reward, session.preferences(), session).rows
+        found.append(rows.weights)
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
 
 
 @pytest.mark.parametrize("clip", [0.1, math.inf])

@@ -100,6 +100,18 @@ def test_a_seed_fixes_the_episodes_and_nothing_else_moves_them(name):
     assert not np.array_equal(second.reset()[0], second.reset()[0])
 
 
+def test_displacements_stand_behind_the_benchmarks_observation():
+    plain, more = (MetaWorld("button-press", horizon=9, displacement=on) for on in (False, True))
+    for seed in (3, 4):
+        first, seen = (env.reset(seed=seed)[0] for env in (plain, more))
+        np.testing.assert_array_equal(seen, np.append(first, np.zeros(18, np.float32)))
+        for _ in range(9):
+            obs, seen = (env.step(np.array([1.0, -1.0, 0.5, 1.0]))[0] for env in (plain, more))
+            np.testing.assert_array_equal(seen[:39], obs)
+            np.testing.assert_allclose(seen[39:], obs[:18] - first[:18], atol=1e-6)
+        assert np.abs(seen[39:42]).max() > 0.01, "the hand has moved"
+
+
 @pytest.mark.parametrize(
     "make",
     [

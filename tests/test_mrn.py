@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from pbrl.bilevel.params import gradient, leaves
 from pbrl.pay import Pay
+from pbrl.reward import RewardEnsemble
 from pbrl.types import Params
 from pbrl.updaters.mrn import critic_step, outer_loss, reward_weights
-from tests.conftest import finish, rows, tiny_loop
+from tests.conftest import PaidMean, finish, rows, tiny_loop
 
 
 class Critics(nn.Module):
@@ -75,6 +76,18 @@ def test_mrns_closed_form_equals_finite_differences_of_the_two_steps(convexity: 
                 ends.append(outer())
             flat[i] = kept
             assert float(grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * largest, rel=1e-5)
+
+
+def test_mrns_step_is_that_of_a_convex_pay(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "updater=mrn")
+    finish(loop)
+    moved = []
+    for make, convexity in ((RewardEnsemble, 2.0), (PaidMean, 0.0), (RewardEnsemble, 0.0)):
+        reward = make(2, 2, members=3, hidden=(8,), convexity=convexity)
+        loop.session.rng = np.random.default_rng(0)
+        loop.parts.updater.between(reward, loop.parts.preferences, loop.session)  # type: ignore[attr-defined]
+        moved.append(torch.cat([p.grad.flatten() for p in reward.parameters() if p.grad is not None]))
+    assert moved[0].equal(moved[1]) and not moved[0].equal(moved[2])
 
 
 def test_a_meta_step_on_a_sessions_step_comes_after_it(tmp_path: Path) -> None:
