@@ -64,7 +64,7 @@ def test_whitened_the_bonus_is_the_mahalanobis_distance() -> None:
     distances = torch.from_numpy(np.sqrt(np.einsum("ijk,kl,ijl->ij", apart, inverse, apart)))
     expected = distances.sort(dim=1).values[:, 3]
     bonus = StateEntropy(stocked(points), nearest=3, whiten=True)
-    torch.testing.assert_close(bonus.distances(stored, 3).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bonus.distances(stored, 3).double(), expected, rtol=1e-4, atol=1e-4)
     replay = bonus.replay
     replay.observations[60:65, 0], replay.pos = 5.0, 65  # not yet a tenth more
     units = bonus.units
