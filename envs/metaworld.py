@@ -45,7 +45,9 @@ class MetaWorld(SimulatorEnv):
         action_repeat: control steps for which an action is held; each makes one environment step.
         displacement: append how far the frame's 18 numbers (hand, gripper, objects) are from those that the episode
             began with. Objects begin elsewhere in each episode, and the goal is hidden: whether a button is pressed or
-            stands a little further back, a single frame does not tell.
+            stands a little further back, a single frame does not tell. The first frame is then true on all tasks;
+            Meta-World's own is from before the object was placed on `window-open`, `window-close`, `drawer-open`,
+            `dial-turn`, `faucet-open` and `lever-pull`.
     """
 
     def __init__(
@@ -75,9 +77,14 @@ class MetaWorld(SimulatorEnv):
 
     def _start(self, episode_seed: int) -> NDArray[Any]:
         env = self._env
-        import_mujoco().mj_resetData(env.model, env.data)  # Meta-World's reset begins where the last episode ended
+        mujoco = import_mujoco()
+        mujoco.mj_resetData(env.model, env.data)  # Meta-World's reset begins where the last episode ended
         env.np_random = np.random.default_rng(episode_seed)
         obs, _ = env.reset()
+        if self._displacement:  # Meta-World looks before it knows where the object is, on some tasks
+            mujoco.mj_kinematics(env.model, env.data)
+            env._prev_obs = env._get_curr_obs_combined_no_goal()
+            obs[: 2 * _FRAME] = np.tile(env._prev_obs, 2)
         self._previous_frame, self._first_frame = obs[_FRAME : 2 * _FRAME], obs[:_FRAME]
         return self._seen(obs)
 

@@ -36,7 +36,7 @@ MAKERS = {
     "walker": lambda: DMControl("walker", "walk", horizon=60),
     "quadruped": lambda: DMControl("quadruped", "run", horizon=60),
     "walker-repeat": lambda: DMControl("walker", "walk", horizon=59, action_repeat=3),
-    "metaworld-displacement": lambda: MetaWorld("door-open", horizon=60, displacement=True),
+    "metaworld-displacement": lambda: MetaWorld("window-open", horizon=60, displacement=True),
     "metaworld-repeat": lambda: MetaWorld("door-open", horizon=59, action_repeat=2),
     "reacher": lambda: DMControl("reacher", "hard", horizon=60),  # its layout is in the model
     "pointmass": lambda: PointMass(horizon=60),
@@ -110,6 +110,24 @@ def test_displacements_stand_behind_the_benchmarks_observation():
             np.testing.assert_array_equal(seen[:39], obs)
             np.testing.assert_allclose(seen[39:], obs[:18] - first[:18], atol=1e-6)
         assert np.abs(seen[39:42]).max() > 0.01, "the hand has moved"
+
+
+@pytest.mark.parametrize(
+    "task", ["dial-turn", "drawer-open", "faucet-open", "lever-pull", "window-close", "window-open"]
+)
+def test_displacements_are_from_where_the_object_stands(task):
+    """Meta-World's own first frame is from before these tasks' object was placed, up to 0.2 m away."""
+    plain, more = (MetaWorld(task, displacement=on) for on in (False, True))
+    stale = []
+    for seed in range(3):
+        own, first = (env.reset(seed=seed)[0] for env in (plain, more))
+        np.testing.assert_array_equal(first[39:], 0)
+        np.testing.assert_array_equal(first[18:36], first[:18])
+        obs, seen = (env.step(np.zeros(4))[0] for env in (plain, more))
+        np.testing.assert_array_equal(seen[:18], obs[:18], "the simulation is the same")
+        assert np.abs(seen[43:57]).max() < 0.01, "nothing touched the object"
+        stale.append(np.abs(own[4:7] - obs[4:7]).max())
+    assert max(stale) > 0.03
 
 
 @pytest.mark.parametrize(
