@@ -39,7 +39,7 @@ class MetaWorld(SimulatorEnv):
 
     Args:
         task: name without `-v3`, such as "door-open".
-        horizon: control steps per episode.
+        horizon: control steps per episode; without it, the benchmark's.
         reward_version: "v2" (0 to 10 per step) or "v1".
         seed: first seed; see SimulatorEnv.
         action_repeat: control steps for which an action is held; each makes one environment step.

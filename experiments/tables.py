@@ -26,6 +26,7 @@ from pbrl.comparing.statistics import Array, area_under_curve, first_reached, im
 STORED = Path(__file__).parent / "results"
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n((?:[ ]*\|.*\n)*)")
 Table = list[list[str]]
+DEFAULT = "best-convex-displacement"  # Meta-World's, of the runs in `novel`
 SUCCESS = [  # columns of `_success_cells`
     "area under the success curve [95 %]",
     "success over the last fifth [95 %]",
@@ -224,6 +225,16 @@ def novel() -> Table:
             difference = "–" if method == "pebble" or not apart else _points(np.array(apart))
             cells = [_listed(seeds, ""), _listed(list(ends), ".0%"), f"{(ends >= 0.8).sum()} of {len(ends)}"]
             table.append([folder.name, f"`{method}`", *cells, _mean(ends, "success"), difference])
+    return table
+
+
+def default() -> Table:
+    """Meta-World's default: success over the last fifth of its steps."""
+    table = [["task", "success, by seed"]]
+    for folder in sorted(path for path in (STORED / "novel").iterdir() if path.is_dir()):
+        runs = dict(_methods(folder))[DEFAULT]
+        ends = np.array([_last_fifth(run) for run in runs])
+        table.append([f"`{folder.name}`", _listed(list(ends), ".0%")])
     return table
 
 
@@ -521,6 +532,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "seeds-70-79": partial(successes, "seeds-70-79"),
     "new-reward": new_reward,
     "novel": novel,
+    "default": default,
     "blame": blame,
     "fp32-differences": fp32_differences,
     "reached": reached,

@@ -86,46 +86,101 @@ def test_published_settings_have_the_published_reward() -> None:
     for name in published():
         reward = config(f"experiment={name}")[0].reward
         assert not reward.normalise and reward.get("sees_actions", True), name
+        assert set(reward.hidden) == {256} and reward.learning_rate == 3e-4, name
+
+
+def test_meta_worlds_networks_and_epochs_of_the_reward_are_the_defaults_alone() -> None:
+    """Smaller, faster, over the answers more often: not in published settings, nor where runs are stored without."""
+
+    def fitted(*overrides: str) -> tuple[Any, ...]:
+        cfg = config(*overrides)[0]
+        return list(cfg.reward.hidden), cfg.reward.learning_rate, cfg.updater.fit.epochs
+
+    assert fitted("env=door-open") == ([128, 128, 128], 1e-3, 40)
+    assert fitted("env=walker-walk") == ([256, 256, 256], 3e-4, 50)
+    before = ([256, 256, 256], 3e-4, 10)
+    assert fitted("env=door-open", "experiment=published", "updater=pebble-published") == before
+    for name in ("quick", "first-light/pebble", "first-light/penalty"):
+        assert fitted("env=door-open", f"experiment={name}") == before, name
+
+
+def pace(*overrides: str) -> dict[str, Any]:
+    """Episodes, clips, sessions and what comes before them."""
+    cfg = config(*overrides)[0]
+    found = {key: cfg.feedback[key] for key in ("per_session", "every", "schedule")}
+    found |= {
+        "segment": cfg.segment_length,
+        "pretraining": cfg.pretraining.steps,
+        "random": cfg.agent.learning_starts,
+    }
+    return found | {key: cfg.env.get(key) for key in ("horizon", "action_repeat")}
+
+
+def test_meta_worlds_pace_is_the_defaults_alone() -> None:
+    """Short episodes of held actions, many questions early: not in published settings."""
+    door, walker = pace("env=door-open"), pace("env=walker-walk")
+    assert all(door[key] != walker[key] for key in door)
+    benchmark = {**walker, "horizon": 500}
+    assert pace("experiment=published", "env=door-open") == {**benchmark, "per_session": 50}
+    assert pace("experiment=published", "env=walker-walk") == walker
+    for name in published():
+        found = pace(f"experiment={name}")
+        own = {key: found[key] for key in ("per_session", "every", "pretraining")}
+        assert found == (walker if found["horizon"] == 1000 else benchmark) | own, name
+    for path in (CONF / "experiment/first-light").glob("*.yaml"):
+        assert pace(f"experiment=first-light/{path.stem}", "env=door-open") == benchmark, path
+    quick = pace("experiment=quick", "env=coffee-button")
+    assert (quick["horizon"], quick["action_repeat"], quick["schedule"]) == (100, 1, "constant")
 
 
 def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
     """Small, in a hurry, standardised, asking about the last episodes: not elsewhere, nor in published settings."""
     changed = ("net_arch", "batch_size", "learning_rate", "target_update_interval", "n_steps")
-    changed += ("normalise", "critic_layer_norm")
+    changed += ("normalise", "critic_layer_norm", "learning_starts", "noise_color")
 
     def settings(*overrides: str) -> dict[str, Any]:
         cfg = config(*overrides)[0]
-        return {key: cfg.agent[key] for key in changed} | {"recent": cfg.query.recent_episodes}
+        return {key: cfg.agent[key] for key in changed} | {
+            "recent": cfg.query.recent_episodes,
+            "novel": cfg.query.novel_share,
+            "best": cfg.query.best_share,
+            "convexity": cfg.reward.get("convexity", 0.0),
+        }
 
     for rule in ("uniform", "k-center", "k-center-entropy", "entropy"):  # so that rules differ by how they choose alone
-        assert settings("env=door-open", f"query={rule}")["recent"] == 20, rule
+        door = settings("env=door-open", f"query={rule}")
+        chosen = (0.0, 0.0) if rule == "uniform" else (0.2, 0.5)
+        assert (door["recent"], door["novel"], door["best"]) == (20, *chosen), rule
         assert settings("env=walker-walk", f"query={rule}")["recent"] is None, rule
     lean = settings("env=walker-walk")
     assert all(value != lean[key] for key, value in settings("env=door-open").items())
     assert lean == settings("env=pointmass")
     for path in (CONF / "experiment/first-light").glob("*.yaml"):
         found = settings(f"experiment=first-light/{path.stem}", "env=door-open")
-        assert {**found, "recent": None} == lean, path
+        assert {**found, "recent": None, "novel": 0.0, "best": 0.0} == lean, path
+        assert path.stem in ("oracle", "common") or found["novel"] == found["best"] == 0, path
         assert path.stem in ("oracle", "common") or "near" in path.stem or found["recent"] is None, path
     for name in published():
         found = settings(f"experiment={name}")
         assert (found["normalise"], found["critic_layer_norm"], found["target_update_interval"]) == (False, False, 2)
         assert found["n_steps"] == 1 and (found["recent"] is None) == (not name.startswith("qpa-")), name
+        assert (found["noise_color"], found["learning_starts"]) == (0, 1000), name
+        assert found["novel"] == found["best"] == found["convexity"] == 0, name
     quick = settings("experiment=quick", "env=window-open")
     assert not quick["normalise"] and not quick["critic_layer_norm"] and quick["recent"] is None
+    assert quick["noise_color"] == 0
+    assert quick["novel"] == quick["best"] == quick["convexity"] == 0
 
 
-def test_quick_door_open_is_what_its_five_seeds_were_run_with() -> None:
-    """docs/campaign.md, section 9, AH; its budget is what those runs asked."""
-    runs = sorted((ROOT / "experiments/results/novel/door-open").glob("pebble-s*"))
-    assert len(runs) == 5
-    now: Any = OmegaConf.to_container(config("experiment=quick-door-open")[0], resolve=True)
+@pytest.mark.parametrize("task", ["button-press", "door-open", "window-open"])
+def test_meta_worlds_default_is_what_its_stored_runs_were_run_with(task: str) -> None:
+    """docs/campaign.md, section 9, AS; the budget is what they asked."""
+    runs = sorted((ROOT / "experiments/results/novel" / task).glob("best-convex-displacement-s*"))
+    assert runs
+    now: Any = OmegaConf.to_container(config(f"env={task}")[0], resolve=True)
     for run in runs:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
         assert json.loads((run / "summary.json").read_text())["feedback/labels"] == now["feedback"]["budget"]
-        later = ("query.best_share", "reward.convexity", "pretraining.whiten", "env.displacement")  # all off
-        for part, key in (name.split(".") for name in later):
-            then[part].setdefault(key, 0)
         parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
         for name in (*parts, "total_steps", "segment_length", "threads"):
             assert then[name] == now[name], name
@@ -169,11 +224,13 @@ def is_variant(group: str, name: str) -> bool:
 
 @pytest.mark.parametrize(("group", "name"), ALL, ids=lambda value: str(value))
 def test_constructors_have_no_second_opinion(group: str, name: str) -> None:
-    """A setting's value stands in the config; a constructor requires it, or agrees."""
+    """A setting's value stands in the config; a constructor requires it, or agrees. Meta-World's is the benchmark's."""
     if is_variant(group, name):
         pytest.skip("changes another option, by name")
     task = [] if group == "env" else ["env=pointmass"]
     cfg, _ = config(*task, f"{group}={name}", *NEEDS.get(f"{group}={name}", []), "total_steps=1000", "seed=0")
+    if name == "metaworld":
+        cfg.metaworld = config("experiment=published", "env=door-open")[0].metaworld
     for where, node in nodes(group, OmegaConf.to_container(cfg[group], resolve=True)):
         for key, default in defaults(get_object(node["_target_"])).items():
             default = list(default) if isinstance(default, tuple) else default
@@ -216,8 +273,8 @@ REFUSED = {
     "total_steps=abc": "total_steps=abc is a str; expected int",
     "feedback.every=1.5": "feedback.every=1.5 is a float; expected int",
     "agent.batch_size=a": "agent.batch_size=a is a str; expected int",
-    "segment_length=900": "longer than an episode of 500 steps",
-    "feedback.budget=5": "smaller than feedback.per_session=50",
+    "segment_length=900": "longer than an episode of 150 steps",
+    "feedback.budget=5": "smaller than feedback.per_session=25",
     "feedback.schedule=sometimes": "expected constant, decay or increase",
     "reward.members=0": "expected at least 1",
     "query.pool=0": "expected at least 1",

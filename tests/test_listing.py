@@ -59,7 +59,7 @@ def test_help_shows_purpose_examples_options_and_keys(tmp_path: Path) -> None:
         "env=door-open",
         "walker-walk  ",
         "-m launcher=local",
-        "total_steps: ${by_suite:{metaworld:150000",
+        "total_steps: ${by_suite:{metaworld:75000",
     ):
         assert part in shown
     assert 'eval "$(pbrl-train -sc install=bash)"' in shown
