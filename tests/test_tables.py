@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from experiments import tables
+from experiments import curves, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +47,16 @@ def test_the_report_of_faults_is_that_of_its_data(tmp_path: Path) -> None:
     write([], tmp_path)
     for name in ("table.csv", "table.md"):
         assert (tmp_path / name).read_bytes() == (stored / name).read_bytes(), name
+
+
+def test_the_oracle_of_window_open_is_the_mean_of_its_stored_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = sorted((ROOT / "experiments/results/figure-2/window-open").glob("oracle-s*"))
+    assert len(runs) == 5
+    monkeypatch.setattr(curves, "ORACLE", tmp_path)
+    curves.oracle([row for run in runs for row in curves.curve(run)])
+    assert (tmp_path / "window-open.csv").read_text() == (curves.pbrl.ORACLES / "window-open.csv").read_text()
 
 
 def test_the_difference_is_welchs() -> None:
