@@ -25,7 +25,8 @@ STORED = Path(__file__).parent / "data" / "old-runs"
 def unpacked(method: str, folder: Path) -> Path:
     """The run folder, as it was left."""
     with tarfile.open(STORED / f"{method}.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 and its like have none
+        archive.extractall(folder)
     return folder / method
 
 
