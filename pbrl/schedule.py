@@ -20,6 +20,7 @@ class Feedback:
         every: environment steps between sessions.
         start: environment step of the first session; null: when pretraining ends.
         schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
+        at_least: pairs per session that the schedule does not go below while the budget lasts.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.
         fresh_share: share of such an updater's questions, in [0, 1], that are about the fresh steps; the others are
@@ -34,6 +35,7 @@ class Feedback:
     every: int = 5000
     start: int | None = None
     schedule: str = "constant"
+    at_least: int = 1
     fresh_steps: int | None = None
     fresh_share: float = 0.5
     catch_up: bool = True
@@ -46,6 +48,7 @@ class Feedback:
             budget=(self.budget, self.budget >= 1, "at least 1"),
             per_session=(self.per_session, self.per_session >= 1, "at least 1"),
             every=(self.every, self.every >= 1, "at least 1"),
+            at_least=(self.at_least, self.at_least >= 1, "at least 1"),
             memory_steps=(self.memory_steps, self.memory_steps >= 1, "at least 1"),
             schedule=(self.schedule, self.schedule in SCHEDULES, "constant, decay or increase"),
             fresh_steps=(self.fresh_steps, self.fresh_steps is None or self.fresh_steps >= 0, "at least 0, or null"),
@@ -58,13 +61,13 @@ class Feedback:
             )
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
-        """Pairs of the session at this step, given how many were asked before: at least 1, at most what is left."""
+        """Pairs of the session at this step, given how many were asked before: `at_least` or more, at most what is left."""
         share = {
             "constant": 1.0,
             "decay": (total_steps - step) / total_steps,
             "increase": total_steps / (total_steps - step + 1),
         }[self.schedule]
-        return min(max(int(self.per_session * share), 1), self.budget - asked)
+        return min(max(int(self.per_session * share), self.at_least), self.budget - asked)
 
 
 @dataclass(frozen=True)
