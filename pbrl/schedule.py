@@ -61,7 +61,7 @@ class Feedback:
             )
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
-        """Pairs of the session at this step, given how many were asked before: `at_least` or more, at most what is left."""
+        """Pairs of the session at this step, given how many were asked before: `at_least`, at most what is left."""
         share = {
             "constant": 1.0,
             "decay": (total_steps - step) / total_steps,
