@@ -56,8 +56,11 @@ def test_the_plan_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "questions: 15 in 3 session(s), steps 200 to 400" in capsys.readouterr().out
     tiny_loop(tmp_path / "b", *DENSE).release()
     assert re.search(
-        r"questions: \d+ of feedback.budget=200 in .* total_steps=600 leaves no room", capsys.readouterr().out
+        r"questions: \d+ of feedback.budget=200 in .* total_steps=600 leaves no room for more; raise it, or lower",
+        capsys.readouterr().out,
     )
+    tiny_loop(tmp_path / "c", *DENSE, "feedback.schedule=decay").release()
+    assert "raise it or feedback.at_least, or lower" in capsys.readouterr().out
 
 
 def test_a_stop_by_a_callback_is_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
