@@ -20,7 +20,7 @@ class Feedback:
         every: environment steps between sessions.
         start: environment step of the first session; null: when pretraining ends.
         schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
-        at_least: pairs per session that the schedule does not go below while the budget lasts.
+        at_least: pairs per session, at most `per_session`, that the schedule does not go below while the budget lasts.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.
         fresh_share: share of such an updater's questions, in [0, 1], that are about the fresh steps; the others are
@@ -59,9 +59,14 @@ class Feedback:
                 f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
                 "raise the one or lower the other"
             )
+        if self.at_least > self.per_session:
+            raise ValueError(
+                f"feedback.at_least={self.at_least} is larger than feedback.per_session={self.per_session}; "
+                "lower the one or raise the other"
+            )
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
-        """Pairs of the session at this step, given how many were asked before: `at_least`, at most what is left."""
+        """Pairs of the session at this step, `at_least` or more, and no more than the budget has left after `asked`."""
         share = {
             "constant": 1.0,
             "decay": (total_steps - step) / total_steps,
