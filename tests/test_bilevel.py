@@ -360,6 +360,16 @@ def test_cg_on_an_indefinite_system_is_reported_and_minres_solves_it():
     torch.testing.assert_close(x["g"], g["g"] / sign)
 
 
+def test_cg_that_divides_by_zero_is_reported_without_a_warning():
+    product = lambda v: {"g": v["g"].flip(0)}  # noqa: E731  # its first direction's curvature is 0 · 1 + 1 · 0
+    g = {"g": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+    found, cg = bilevel.solve_curvature(product, g, solver="cg")
+    assert not cg.converged and np.isnan(cg.residual) and not found["g"].any()
+    x, minres = bilevel.solve_curvature(product, g, solver="minres")
+    assert minres.converged
+    torch.testing.assert_close(x["g"], g["g"].flip(0))
+
+
 def test_a_non_finite_implicit_term_is_left_out_and_reported():
     upper, lower, phi, theta, _ = quadratic(torch.float64)
     poisoned = lambda v: {key: value * torch.nan for key, value in v.items()}  # noqa: E731

@@ -285,7 +285,8 @@ def _refine(product, b: np.ndarray, solve, tol: float, max_iter: int) -> tuple[n
         iterations += 1
 
     while residual > tol and iterations < max_iter:
-        step, _ = solve(operator, left, rtol=0.1 * tol / residual, maxiter=max_iter - iterations, callback=count)
+        with np.errstate(divide="ignore", invalid="ignore"):  # cg, if indefinite: `product` then raises
+            step, _ = solve(operator, left, rtol=0.1 * tol / residual, maxiter=max_iter - iterations, callback=count)
         remaining = b - product(x + step)
         if not np.linalg.norm(remaining) < 0.5 * residual:  # no progress: singular, indefinite under cg, or rounding
             if np.linalg.norm(remaining) < residual:
