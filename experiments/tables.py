@@ -238,6 +238,18 @@ def default() -> Table:
     return table
 
 
+def quick() -> Table:
+    """`experiment=quick`: success at the last evaluation, which the run prints when it ends."""
+    table = [["task", "steps", "answers", "seeds", "success at the end, by seed"]]
+    for folder in sorted(path for path in (STORED / "quick").iterdir() if path.is_dir()):
+        for _, runs in _methods(folder):
+            (steps,) = {int(run.series("eval/success")[0][-1]) for run in runs}  # the same of all
+            (answers,) = {int(run.series("feedback/labels")[1][-1]) for run in runs}
+            ends = _listed([run.series("eval/success")[1][-1] for run in runs], ".0%")
+            table.append([f"`{folder.name}`", str(steps), str(answers), _listed([run.seed for run in runs], ""), ends])
+    return table
+
+
 def blame() -> Table:
     """`experiments.blame` on runs that failed: does the agent recover, does a new one do better on the same reward?"""
     table = [["run", "success, return at its end", "gone on with the true reward", "best of a new agent on its reward"]]
@@ -533,6 +545,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "new-reward": new_reward,
     "novel": novel,
     "default": default,
+    "quick": quick,
     "blame": blame,
     "fp32-differences": fp32_differences,
     "reached": reached,

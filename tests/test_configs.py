@@ -129,8 +129,8 @@ def test_meta_worlds_pace_is_the_defaults_alone() -> None:
         assert found == (walker if found["horizon"] == 1000 else benchmark) | own, name
     for path in (CONF / "experiment/first-light").glob("*.yaml"):
         assert pace(f"experiment=first-light/{path.stem}", "env=door-open") == benchmark, path
-    quick = pace("experiment=quick", "env=coffee-button")
-    assert (quick["horizon"], quick["action_repeat"], quick["schedule"]) == (100, 1, "constant")
+    quick = pace("experiment=quick", "env=door-close")
+    assert (quick["horizon"], quick["action_repeat"], quick["schedule"]) == (100, 1, "decay")
 
 
 def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
@@ -174,7 +174,20 @@ def test_meta_worlds_default_is_what_its_stored_runs_were_run_with(task: str) ->
     """docs/campaign.md, section 9, AS; the budget is what they asked."""
     runs = sorted((ROOT / "experiments/results/novel" / task).glob("best-convex-displacement-s*"))
     assert len(runs) == 5
-    now: Any = OmegaConf.to_container(config(f"env={task}")[0], resolve=True)
+    run_with(runs, f"env={task}")
+
+
+def test_the_readmes_first_command_is_what_its_stored_runs_were_run_with() -> None:
+    """docs/campaign.md, section 9, AW; every one of them learned it."""
+    runs = sorted((ROOT / "experiments/results/quick/door-close").iterdir())
+    assert len(runs) == 6
+    assert all(json.loads((run / "summary.json").read_text())["eval/success"] == 1 for run in runs)
+    run_with(runs, "env=door-close", "experiment=quick")
+
+
+def run_with(runs: list[Path], *overrides: str) -> None:
+    """All that decides what is learned, but for the seed."""
+    now: Any = OmegaConf.to_container(config(*overrides)[0], resolve=True)
     for run in runs:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
         then["feedback"].setdefault("at_least", 1)  # a key that came later
