@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
+from pbrl.launch.shipped import described
 from pbrl.launch.stored import read_config, refuse_links
 from pbrl.preferences import FILE_NAME, Preferences
 from pbrl.types import Query
@@ -45,7 +46,7 @@ def environment(source: Path, name: str | None, stored: Preferences, trust: Sequ
     name = name or str(stored.about.get("env"))
     if name not in options("env"):
         raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
-    return dict(OmegaConf.to_container(OmegaConf.load(CONF / "env" / f"{name}.yaml")))  # type: ignore[arg-type]
+    return dict(described("env", name, name))
 
 
 def words(env: dict[str, Any]) -> str | None:

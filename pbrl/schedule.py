@@ -19,8 +19,8 @@ class Feedback:
         per_session: pairs per session, before the schedule changes it.
         every: environment steps between sessions.
         start: environment step of the first session; null: when pretraining ends.
-        schedule: constant, decay (per_session · (T − t)/T) or increase (per_session · T/(T − t + 1)), T = total_steps.
-        at_least: pairs per session, at most `per_session`, that the schedule does not go below while the budget lasts.
+        schedule: constant, decay (per_session · max((T − t)/T, decay_to)) or increase (per_session · T/(T − t + 1)), T = total_steps.
+        decay_to: share of `per_session`, in [0, 1], at which decay ends.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.
         fresh_share: share of such an updater's questions, in [0, 1], that are about the fresh steps; the others are
@@ -35,7 +35,7 @@ class Feedback:
     every: int = 5000
     start: int | None = None
     schedule: str = "constant"
-    at_least: int = 1
+    decay_to: float = 0.0
     fresh_steps: int | None = None
     fresh_share: float = 0.5
     catch_up: bool = True
@@ -48,7 +48,7 @@ class Feedback:
             budget=(self.budget, self.budget >= 1, "at least 1"),
             per_session=(self.per_session, self.per_session >= 1, "at least 1"),
             every=(self.every, self.every >= 1, "at least 1"),
-            at_least=(self.at_least, self.at_least >= 1, "at least 1"),
+            decay_to=(self.decay_to, 0 <= self.decay_to <= 1, "a share in [0, 1]"),
             memory_steps=(self.memory_steps, self.memory_steps >= 1, "at least 1"),
             schedule=(self.schedule, self.schedule in SCHEDULES, "constant, decay or increase"),
             fresh_steps=(self.fresh_steps, self.fresh_steps is None or self.fresh_steps >= 0, "at least 0, or null"),
@@ -59,20 +59,15 @@ class Feedback:
                 f"feedback.budget={self.budget} is smaller than feedback.per_session={self.per_session}; "
                 "raise the one or lower the other"
             )
-        if self.at_least > self.per_session:
-            raise ValueError(
-                f"feedback.at_least={self.at_least} is larger than feedback.per_session={self.per_session}; "
-                "lower the one or raise the other"
-            )
 
     def count(self, step: int, total_steps: int, asked: int) -> int:
-        """Pairs of the session at this step, `at_least` or more, and no more than the budget has left after `asked`."""
+        """Pairs of the session at this step: at least one, and no more than the budget has left after `asked`."""
         share = {
             "constant": 1.0,
-            "decay": (total_steps - step) / total_steps,
+            "decay": max((total_steps - step) / total_steps, self.decay_to),
             "increase": total_steps / (total_steps - step + 1),
         }[self.schedule]
-        return min(max(int(self.per_session * share), self.at_least), self.budget - asked)
+        return min(max(int(self.per_session * share), 1), self.budget - asked)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,20 @@ def test_unfinished_runs_are_left_out_or_cut_the_curves(tmp_path: Path) -> None:
     assert mixed.curves["walker-walk"]["pebble"].steps[-1] == 50_000  # where the shorter one ends
 
 
+def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: Path) -> None:
+    named = {"reward": "ensemble"}
+    for seed, convexity in enumerate((0.0, 0.0, 3)):
+        reward = {"convexity": convexity, "members": 3}
+        write_run(tmp_path / str(seed), seed=seed, reward=reward, query={"pool": 10}, choices=named)
+    write_run(tmp_path / "old", seed=3, reward={"members": 3.0}, choices=named)  # before the key, which tells nothing
+    selection = select(find_runs([tmp_path]))
+    (note,) = (note for note in selection.notes if "Averaged" in note)
+    assert "pebble on walker-walk, although its runs differ in reward.convexity (0.0, 3.0)" in note
+    assert note.endswith("--method-keys updater,reward.convexity")
+    apart = select(find_runs([tmp_path]), ["updater", "reward.convexity"])
+    assert len(apart.groups["walker-walk"]) == 3 and not any("Averaged" in note for note in apart.notes)
+
+
 def test_a_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"env_step": 1, "eval/return": 2.0}\n{"env_step": 2, "eval/re')

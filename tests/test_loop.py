@@ -61,8 +61,8 @@ def test_feedback_schedules(schedule: str, counts: list[int]) -> None:
     assert feedback.count(0, 1000, asked=997) == 3
 
 
-def test_a_schedule_does_not_go_below_what_a_session_asks_at_least() -> None:
-    feedback = Feedback(budget=1000, per_session=25, schedule="decay", at_least=9)
+def test_decay_ends_at_its_share_of_a_session() -> None:
+    feedback = Feedback(budget=1000, per_session=25, schedule="decay", decay_to=0.36)
     assert [feedback.count(step, 1000, asked=0) for step in (0, 500, 600, 700, 999)] == [25, 12, 10, 9, 9]
     assert [feedback.count(999, 1000, asked=asked) for asked in (996, 1000)] == [4, 0]
 

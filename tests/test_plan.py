@@ -60,7 +60,7 @@ def test_the_plan_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         capsys.readouterr().out,
     )
     tiny_loop(tmp_path / "c", *DENSE, "feedback.schedule=decay").release()
-    assert "raise it or feedback.at_least, or lower" in capsys.readouterr().out
+    assert "raise it or feedback.decay_to, or lower" in capsys.readouterr().out
 
 
 def test_a_stop_by_a_callback_is_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

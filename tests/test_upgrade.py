@@ -100,3 +100,10 @@ def test_nonsense_is_left_to_be_refused(wrong: Any) -> None:
             node = {"_target_": f"pbrl.updaters.{name}", **FLAT, key: wrong}
             upgrade({"segment_length": wrong, "updater": node})
             upgrade({"updater": node})
+
+
+@pytest.mark.parametrize(("stored", "share"), [({}, 0.0), ({"at_least": 1}, 0.0), ({"at_least": 9}, 0.36)])
+def test_pairs_that_a_session_asked_at_least_become_a_share(stored: dict[str, Any], share: float) -> None:
+    old = {"feedback": {"per_session": 25, **stored}, "updater": {}}
+    upgrade(old)
+    assert old["feedback"] == {"per_session": 25, "decay_to": share}

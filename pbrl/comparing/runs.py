@@ -25,7 +25,7 @@ from pbrl.comparing.statistics import Array
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
-
+PARTS = ("updater", *METHOD_CHOICES, "feedback", "pretraining", "segment_length")  # whose values are a method's
 
 HUGE = 1e100  # no metric: sums and squares of such numbers overflow
 LONGEST = 160  # characters of a text from a run that is shown
@@ -283,9 +283,40 @@ def select(
             "these runs are not comparable:\n  " + "\n  ".join(problems) + "\nCompare them apart, make the difference "
             "part of the method (--method-keys updater,feedback.budget), or mix them knowingly with --allow-mixed."
         )
+    notes += [line for task, methods in groups.items() for line in _averaged(task, methods, keys)]
     ordered = [run for methods in groups.values() for members in methods.values() for run in members]
     names = {run.source: f"r{number:02d}" for number, run in enumerate(ordered, start=1)}
     return Selection(groups, names, notes + [f"Mixed knowingly: {line}" for line in problems], keys, prefix)
+
+
+def _averaged(task: str, methods: Mapping[str, Sequence[Run]], keys: Sequence[str]) -> list[str]:
+    """A line for each method whose runs name different values for one key: are they one method?"""
+    lines = []
+    for method, members in methods.items():
+        parts = ("agent",) if members[0].updater == ORACLE else PARTS  # the oracle is asked and fitted nothing
+        found: dict[str, set[str]] = defaultdict(set)
+        for run in members:
+            for name, value in _values({part: run.config.get(part) for part in parts if part in run.config}).items():
+                found[name].add(value)
+        differing = sorted(name for name in found if len(found[name]) > 1)
+        if differing:
+            values = shown(", ".join(sorted(found[differing[0]])))
+            apart = shown(",".join([*keys, differing[0]]))
+            lines.append(
+                f"Averaged as one method, {method} on {task}, although its runs differ in {shown(', '.join(differing))} "
+                f"({values}); to tell them apart: --method-keys {apart}"
+            )
+    return lines
+
+
+def _values(node: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """The values of nested tables by their dotted paths."""
+    found: dict[str, str] = {}
+    for name, value in node.items():
+        path = f"{above}{name}"
+        value = float(value) if _is_number(value) else value  # 3 is 3.0
+        found |= _values(value, f"{path}.") if isinstance(value, Mapping) else {path: str(value)}
+    return found
 
 
 def _common_folder(labels: Iterable[str]) -> str:

@@ -125,7 +125,7 @@ def plan_in_words(loop: Loop) -> str:
     when = f"in {len(sessions)} session(s), steps {sessions[0][0]} to {sessions[-1][0]}"
     if pairs == loop.questions.left:
         return f"questions: {pairs} {when}"
-    more = "it or feedback.at_least" if feedback.schedule == "decay" else "it"
+    more = "it or feedback.decay_to" if feedback.schedule == "decay" else "it"
     return (
         f"questions: {pairs} of feedback.budget={feedback.budget} {when}: total_steps={total} leaves no room for more; "
         f"raise {more}, or lower feedback.every or feedback.fresh_steps"
