@@ -85,6 +85,11 @@ class Uniform(QueryRule):
 
     pool: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.novel_share or self.best_share:  # which are chosen among candidates
+            self.pool = max(self.pool, QueryRule.pool)
+
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
     ) -> np.ndarray:

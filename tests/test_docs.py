@@ -127,7 +127,7 @@ def test_the_readme_runs(words: list[str], workplace: Path, tiny_run: Path) -> N
         words = [*words, "--episodes", "1"]
     if words[2] == "pbrl.compare":
         shutil.rmtree(workplace / "runs", ignore_errors=True)  # other commands made runs of this seed
-        shutil.copytree(tiny_run, workplace / "runs" / "tiny")
+        shutil.copytree(tiny_run, workplace / "runs" / "first" / "tiny")
     environment = {**os.environ, "PYTHONPATH": f"{workplace}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=workplace, env=environment, capture_output=True, text=True, timeout=900

@@ -19,13 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from envs.pointmass import PointMass
 from pbrl.asking import AnswerJournal, ask
+from pbrl.label import environment
 from pbrl.labelling import drawing, server
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import LabelStore, Pair, Refused, Shown, Taken
 from pbrl.labelling.teacher import HumanTeacher, pair_keys, pairs
+from pbrl.launch.shipped import described
+from pbrl.preferences import Preferences
 from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
@@ -566,6 +570,13 @@ def test_an_address_that_cannot_be_had_is_named_with_the_way_out(tmp_path: Path,
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"host={host} port={port}: .*; expected .* 0: any free one"):
             Service(settings(tmp_path / "labels.sqlite3", host=host), port)
+
+
+@pytest.mark.parametrize("task", ["door-open", "quadruped-walk", "pointmass"])
+def test_a_file_names_the_environment_that_draws_it(task: str) -> None:
+    """Also one whose YAML takes its keys from another."""
+    env = environment(Path("labels.npz"), None, Preferences({"env": task}))
+    assert env == described("env", task, task) and instantiate(env).observation_space
 
 
 def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:

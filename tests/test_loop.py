@@ -127,16 +127,20 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
     assert loop.step >= 600
 
 
-def test_a_share_of_the_questions_is_about_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rule", ["disagreement", "uniform"])
+def test_a_share_of_the_questions_is_about_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
     """From the second session on; the others are the rule's, and all are different."""
     found: list[np.ndarray] = []
 
     def spy(candidates: Query, asked: Preferences, count: int) -> np.ndarray:
+        assert len(candidates) == 50, "one of ten, also for a rule that itself looks at no others"
         found.append(candidates[most_novel(candidates, asked, count)].first.obs[:, 0].numpy())
         return most_novel(candidates, asked, count)
 
     monkeypatch.setattr("pbrl.questions.most_novel", spy)
-    loop = tiny_loop(tmp_path / "run", "query=disagreement", "query.novel_share=0.4")
+    loop = tiny_loop(tmp_path / "run", f"query={rule}", "query.novel_share=0.4")
     asked = questions(loop)
     assert [len(query) for query in asked] == [5, 5, 5]
     assert len(found) == 2
