@@ -31,7 +31,7 @@ def add_run_options(options: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         metavar="KEYS",
         help="what tells methods apart: choices or config paths, such as updater,query,feedback.budget "
-        "(default: updater, and those of query, teacher, agent, reward whose options differ; other differences are noted)",
+        "(default: updater, and those of query, teacher, agent, reward whose options differ)",
     )
     options.add_argument("--metric", choices=("auto", "return", "success"), default="auto", help="what scores a run")
     options.add_argument("--baseline", default="pebble", help="the method others are compared to (default: pebble)")

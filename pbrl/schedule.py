@@ -19,7 +19,8 @@ class Feedback:
         per_session: pairs per session, before the schedule changes it.
         every: environment steps between sessions.
         start: environment step of the first session; null: when pretraining ends.
-        schedule: constant, decay (per_session · max((T − t)/T, decay_to)) or increase (per_session · T/(T − t + 1)), T = total_steps.
+        schedule: constant, decay (per_session · max((T − t)/T, decay_to)) or increase (per_session · T/(T − t + 1)),
+            T = total_steps.
         decay_to: share of `per_session`, in [0, 1], at which decay ends.
         fresh_steps: on-policy steps rolled out before each session by updaters that want fresh pairs; null: as many
             as the session's segments have.

@@ -303,8 +303,8 @@ def _averaged(task: str, methods: Mapping[str, Sequence[Run]], keys: Sequence[st
             values = shown(", ".join(sorted(found[differing[0]])))
             apart = shown(",".join([*keys, differing[0]]))
             lines.append(
-                f"Averaged as one method, {method} on {task}, although its runs differ in {shown(', '.join(differing))} "
-                f"({values}); to tell them apart: --method-keys {apart}"
+                f"Averaged as one method, {method} on {task}, although its runs differ in "
+                f"{shown(', '.join(differing))} ({values}); to tell them apart: --method-keys {apart}"
             )
     return lines
 
