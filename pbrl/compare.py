@@ -17,6 +17,7 @@ from pbrl.comparing.curves import Comparison, gather
 from pbrl.comparing.report import write_report
 from pbrl.comparing.runs import ComparisonError, find_runs, select, wandb_runs, without_copies
 from pbrl.comparing.tables import all_tables, write_tables
+from pbrl.launch.shipped import changed
 
 
 def add_run_options(options: argparse.ArgumentParser) -> None:
@@ -62,7 +63,8 @@ def read_comparison(arguments: argparse.Namespace) -> Comparison:
     if arguments.wandb:
         runs = without_copies(runs, wandb_runs(arguments.wandb))
     selection = select(runs, arguments.method_keys, arguments.allow_mixed, arguments.baseline)
-    data = gather(selection, arguments.oracle_dir, arguments.metric, arguments.baseline, arguments.repetitions)
+    folder, other = arguments.oracle_dir, changed if arguments.oracle_dir == ORACLES else None  # one's own are trusted
+    data = gather(selection, folder, arguments.metric, arguments.baseline, arguments.repetitions, other)
     data.notes[:0] = damaged
     return data
 

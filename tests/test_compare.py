@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -18,9 +19,9 @@ import pytest
 import yaml
 from matplotlib.colors import to_rgb
 
-from pbrl import compare
+from pbrl import ORACLES, compare
 from pbrl.comparing import plots
-from pbrl.comparing.curves import gather
+from pbrl.comparing.curves import Comparison, gather
 from pbrl.comparing.report import build_sections
 from pbrl.comparing.runs import ComparisonError, Run, find_runs, read_rows, select, wandb_runs, without_copies
 from pbrl.comparing.tables import all_tables
@@ -367,6 +368,28 @@ def test_shares_that_nobody_reaches_are_a_sentence_and_no_table_of_infinities(tm
     (section,) = (s for s in build_sections(data, all_tables(data)) if s.title.startswith("Samples"))
     assert "No method reaches 50% of the oracle's score (0.4) on hammer." in section.text
     assert section.table is None and not section.figures
+
+
+def compared(*arguments: str) -> Comparison:
+    options = argparse.ArgumentParser()
+    compare.add_run_options(options)
+    return compare.read_comparison(options.parse_args(arguments))
+
+
+def test_the_stored_oracle_of_another_environment_normalises_nothing(tmp_path: Path) -> None:
+    shipped = {"_target_": "envs.metaworld.MetaWorld", "task": "window-open", "horizon": 300, "action_repeat": 2}
+    write_run(tmp_path / "older", "window-open", env=shipped)  # without what was added since
+    assert compared(str(tmp_path / "older")).references["window-open"].sources == str(ORACLES / "window-open.csv")
+    write_run(tmp_path / "shorter", "window-open", env=shipped | {"horizon": 100, "action_repeat": 1})
+    data = compared(str(tmp_path / "shorter"))
+    assert not data.references and math.isnan(data.oracle_score("window-open"))
+    (note,) = (note for note in data.notes if "its environment is not the shipped one" in note)
+    assert str(ORACLES / "window-open.csv") in note and "updater=oracle" in note and "--oracle-dir" in note
+    (tmp_path / "window-open.csv").write_text("env_step,return,success\n0,1,0\n100000,700,0.8\n")
+    given = compared(str(tmp_path / "shorter"), "--oracle-dir", str(tmp_path))
+    assert given.oracle_score("window-open") == pytest.approx(0.8)
+    write_run(tmp_path / "mine/oracle", "window-open", "oracle", env=shipped | {"horizon": 100, "action_repeat": 1})
+    assert compared(str(tmp_path / "shorter"), str(tmp_path / "mine")).references
 
 
 MARKUP = "<img src=x onerror=alert(1)>|[click](javascript:alert(1))`$\\frac{\n\x1b[31m"

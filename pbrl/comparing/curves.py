@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,12 @@ class Comparison:
 
 
 def gather(
-    selection: Selection, oracle_folder: Path, metric: str = "auto", baseline: str = "pebble", repetitions: int = 2000
+    selection: Selection,
+    oracle_folder: Path,
+    metric: str = "auto",
+    baseline: str = "pebble",
+    repetitions: int = 2000,
+    changed: Callable[[Mapping[str, Any], str], bool] | None = None,
 ) -> Comparison:
     """Put the selected runs on common axes.
 
@@ -119,6 +125,7 @@ def gather(
         oracle_folder: holds <env>.csv with columns env_step, return, success; used where no run is an oracle's.
         metric: "return", "success" or "auto".
         baseline, repetitions: see `Comparison`.
+        changed: whether an environment, as a run describes it, is not what the stored curve is about; None: it is.
     """
     result = Comparison(selection, baseline, repetitions, notes=list(selection.notes))
     for task, methods in selection.groups.items():
@@ -129,7 +136,15 @@ def gather(
         result.metrics[task] = score_metric(methods, metric)
         result.curves[task] = on_common_grid(task, learners, result.metrics[task])
         last_step = next(iter(result.curves[task].values())).steps[-1]
-        reference = find_reference(task, methods.get(ORACLE, []), result, last_step, oracle_folder)
+        runs, stored = methods.get(ORACLE, []), oracle_folder / f"{task}.csv"
+        described = [run.config.get("env") or {} for members in learners.values() for run in members]
+        if changed and not runs and stored in oracle_folder.glob("*.csv") and any(changed(e, task) for e in described):
+            result.notes.append(
+                f"{task}: its environment is not the shipped one, which {stored} is about, so nothing is normalised "
+                "here. Add runs with updater=oracle of this environment, or their curve with --oracle-dir."
+            )
+            continue
+        reference = find_reference(task, runs, result, last_step, stored)
         if reference is not None:
             result.references[task] = reference
     if result.base is None:
@@ -184,13 +199,13 @@ def over_labels(run: Run, steps: Array, values: Array) -> tuple[Array, Array]:
 
 
 def find_reference(
-    task: str, runs: Sequence[Run], result: Comparison, last_step: float, folder: Path
+    task: str, runs: Sequence[Run], result: Comparison, last_step: float, stored: Path
 ) -> Reference | None:
     """The oracle's curve up to `last_step`: from oracle runs among those compared, else from the stored curve.
 
     None, with a note, if there is neither or its score is not positive.
     """
-    metric, stored = result.metrics[task], folder / f"{task}.csv"
+    metric = result.metrics[task]
     series = [run.series(metric) for run in runs]
     if not runs and stored.exists():
         series = [_read_curve(stored, metric)]

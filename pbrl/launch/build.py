@@ -28,7 +28,7 @@ from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
 from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
-from pbrl.launch.shipped import described
+from pbrl.launch.shipped import changed
 from pbrl.launch.stored import changes, read_config, refuse_links
 from pbrl.loop import Loop
 from pbrl.parts import Parts
@@ -327,7 +327,7 @@ class _Builder:
         given = self.cfg.oracle
         task = str(self.choices.get("env"))
         path = Path(given) if given else ORACLES / f"{task}.csv"
-        if given is None and (not path.exists() or self._changed(task)):
+        if given is None and (not path.exists() or changed(self.cfg.env, task)):
             return None
         if not path.exists():
             raise ConfigError(
@@ -335,11 +335,6 @@ class _Builder:
                 "updater=oracle, or null"
             )
         return _refuse(lambda: OracleCurve(path), "oracle")
-
-    def _changed(self, task: str) -> bool:
-        """Whether this run's environment is another than the shipped one, whose oracle then says nothing about it."""
-        env, shipped = self.cfg.env, described("env", task, task)
-        return any(key in env and env[key] != shipped[key] for key in shipped if key != "camera")  # old runs have fewer
 
     def _callback(self) -> Any:
         from stable_baselines3.common.callbacks import BaseCallback, CallbackList
