@@ -7,8 +7,9 @@ that a segment can be shown again, pixel for pixel, or continued from.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Rollouts:
         self.episode = np.zeros(capacity, np.int64)
         self.total = 0  # steps ever added; step i lies at i % capacity
         self.episodes = 0  # index of the episode now running
+        self.asides: deque[int] = deque()  # indices, ascending, at which no episode of the policy's own began
+        self.ended = 0  # counted episodes, since this object was made
         self.running_return = 0.0
         self.running_length = 0
         self.finished: deque[tuple[float, int]] = deque(maxlen=10)  # (task return, steps) of the last ten episodes
@@ -68,12 +71,34 @@ class Rollouts:
         if done:
             self.interrupt()
             if counted:
+                self.ended += 1
                 self.finished.append((self.running_return, self.running_length))
                 self.running_return, self.running_length = 0.0, 0
 
     def interrupt(self) -> None:
         """What follows does not continue what was before: no segment may reach across."""
         self.episodes += 1
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """The steps taken within, of a branch or another policy, are no episode of the policy's own.
+
+        What follows is one only if they ended the one before; else it is the rest of that.
+        """
+        first, ended = self.episodes + 1, self.ended
+        self.interrupt()
+        try:
+            yield
+        finally:
+            self.interrupt()
+            self.asides.extend(range(first, self.episodes + (self.ended == ended)))
+            while self.asides and self.asides[0] < self._oldest:
+                self.asides.popleft()
+
+    @property
+    def _oldest(self) -> int:
+        """Index of the episode of the first kept step."""
+        return int(self.episode[max(self.total - self.capacity, 0) % self.capacity])
 
     @property
     def mean_task_reward(self) -> float:
@@ -90,12 +115,13 @@ class Rollouts:
         return first[self.episode[first % self.capacity] == self.episode[(first + length - 1) % self.capacity]]
 
     def since_episodes(self, count: int, length: int) -> int:
-        """Index of the first kept step of the last `count` episodes (the running one included).
+        """Index of the first kept step of the policy's own last `count` episodes (the running one included).
 
         More of them if else no `length` steps of one episode were among them: the running one may have just begun.
         """
         kept = np.arange(max(self.total - self.capacity, 0), self.total)
-        before = self.episodes - count
+        own = np.setdiff1d(np.arange(self._oldest, self.episodes + 1), self.asides)
+        before = int(own[-count]) - 1 if count <= len(own) else -1
         if len(long_enough := self.starts(length)):
             before = min(before, int(self.episode[long_enough[-1] % self.capacity]) - 1)
         recent = kept[self.episode[kept % self.capacity] > before]
@@ -190,6 +216,7 @@ class Rollouts:
         return {
             "total": self.total,
             "episodes": self.episodes,
+            "asides": list(self.asides),
             "running_return": self.running_return,
             "running_length": self.running_length,
             "finished": [list(item) for item in self.finished],
@@ -198,5 +225,6 @@ class Rollouts:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.total, self.episodes = state["total"], state["episodes"]
+        self.asides = deque(state.get("asides", ()))  # before, branches were counted as episodes
         self.running_return, self.running_length = state["running_return"], state["running_length"]
         self.finished = deque(((total, length) for total, length in state["finished"]), maxlen=10)

@@ -62,10 +62,8 @@ class AgentSession:
 
     def rollout(self, theta: Params, steps: int) -> list[Segments]:
         start = self.rollouts.total
-        self.rollouts.interrupt()
-        with self.agent.acting_with(theta):
+        with self.rollouts.aside(), self.agent.acting_with(theta):
             self._collect(steps)
-        self.rollouts.interrupt()
         return self.rollouts.episodes_between(start, self.rollouts.total)
 
     def branches(self, starts: int, branches: int, length: int) -> Segments:

@@ -125,6 +125,18 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
         assert torch.equal(query.first.obs[:, 0], query.second.obs[:, 0])
         assert not torch.equal(query.first.obs[:, 1:], query.second.obs[:, 1:])
     assert loop.step >= 600
+    rollouts = loop.parts.rollouts
+    assert rollouts.episodes - len(rollouts.asides) == rollouts.ended == 12, "branches are no episodes"
+
+
+def test_episodes_of_another_actor_are_not_among_the_recent_ones(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    finish(loop)
+    rollouts, count = loop.parts.rollouts, loop.parts.rollouts.ended
+    before = rollouts.since_episodes(5, 10)
+    loop.session.rollout(dict(loop.agent.actor.named_parameters()), 120)
+    assert rollouts.ended == count + 2
+    assert rollouts.since_episodes(6, 10) == before, "the rest of what they began is one more"
 
 
 @pytest.mark.parametrize("rule", ["disagreement", "uniform"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,49 @@ def test_recent_episodes_are_more_where_none_is_long_enough_for_a_clip() -> None
     assert rollouts.since_episodes(1, length=4) == 10
     assert rollouts.since_episodes(2, length=3) == 20
     assert filled([3]).since_episodes(1, length=10) == 3, "none has ten: the draw says so"
+
+
+def take(rollouts: Rollouts, steps: int, ends: bool, counted: bool = True) -> None:
+    for t in range(steps):
+        zero = np.zeros(1, np.float32)
+        rollouts.add(np.zeros(2), zero, zero, 0.0, np.zeros(1), done=ends and t == steps - 1, counted=counted)
+
+
+def test_recent_episodes_are_the_policys_own_and_stay_so_when_resumed() -> None:
+    rollouts = filled([150] * 40, capacity=10_000)
+    take(rollouts, 50, ends=False)  # the running episode is interrupted
+    for _ in range(20):
+        with rollouts.aside():
+            take(rollouts, 25, ends=False, counted=False)
+    take(rollouts, 100, ends=True)
+    for _ in range(6):
+        take(rollouts, 150, ends=True)
+    assert rollouts.since_episodes(20, 25) == 28 * 150, "seven since, twelve before, and one that is about to begin"
+    assert rollouts.since_episodes(8, 25) == 40 * 150, "the rest of an interrupted episode is none of its own"
+    resumed = Rollouts(10_000, 2, 1, 1)
+    for mine, stored in zip(resumed.columns, rollouts.columns, strict=True):
+        mine[:] = stored
+    resumed.load_state(json.loads(json.dumps(rollouts.state())))
+    assert resumed.since_episodes(20, 25) == 28 * 150
+    older = {key: value for key, value in rollouts.state().items() if key != "asides"}  # of before they were kept
+    resumed.load_state(older)
+    assert resumed.since_episodes(20, 25) > 28 * 150
+
+
+def test_after_another_policys_episodes_the_own_next_one_is_recent() -> None:
+    rollouts = filled([10, 10])
+    with rollouts.aside():
+        take(rollouts, 10, ends=True)
+        take(rollouts, 5, ends=False)
+    take(rollouts, 5, ends=True)
+    assert rollouts.since_episodes(2, 5) == 35
+    assert rollouts.since_episodes(3, 5) == 20, "where the own running one was to begin"
+    assert rollouts.since_episodes(4, 5) == 10
+    for _ in range(10):
+        take(rollouts, 10, ends=True)
+    with rollouts.aside():
+        pass
+    assert len(rollouts.asides) == 2, "those of overwritten steps are forgotten"
 
 
 def test_of_a_pair_only_one_side_or_both_begin_lately() -> None:

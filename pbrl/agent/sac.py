@@ -282,15 +282,14 @@ class PreferenceSAC(SAC):
         assert self.rollouts is not None
         rollouts = self.rollouts
         env, here, last_obs = self.training_env, self.training_env.get_state(), self._last_obs
-        rollouts.interrupt()
         self._branching = True
         try:
-            self._last_obs = np.asarray(env.set_state(state), np.float32)[None]
-            before = rollouts.episodes
-            taken = self.collect(steps, updates=0, stop=lambda: rollouts.episodes != before)
+            with rollouts.aside():
+                self._last_obs = np.asarray(env.set_state(state), np.float32)[None]
+                before = rollouts.episodes
+                taken = self.collect(steps, updates=0, stop=lambda: rollouts.episodes != before)
         finally:
             self._branching = False
-            rollouts.interrupt()
             env.set_state(here)
             self._last_obs = last_obs
         return taken == steps

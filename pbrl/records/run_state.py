@@ -144,6 +144,9 @@ def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
     for name, value in counts.items():
         if type(value) is not int or not -1 <= value <= NEVER:  # −1: never yet
             raise ValueError(f"run.json: {name} is {printable(value)}; expected a count")
+    asides = rollouts.get("asides", [])  # not before version 0.2
+    if not isinstance(asides, list) or any(type(x) is not int or not 0 <= x <= rollouts["episodes"] for x in asides):
+        raise ValueError("run.json: asides is no list of episodes")
     if any(rows != rollouts["total"] for rows in written):
         raise ValueError(f"run.json counts {rollouts['total']} steps, the manifest {written}")
     numbers = {"seconds": run["seconds"], "running_return": rollouts["running_return"]}
