@@ -74,6 +74,7 @@ class Questions:
         Those about everything kept come first, then those about the present policy: its fresh steps and branches.
         The first session asks about everything seen so far: before any reward there is no policy to be fresh about,
         what pretraining has visited covers more, and a rule could only choose by a reward that knows nothing yet.
+        So does a later one if no segment fits into its fresh steps because an episode ended within them.
         """
         parts, session, feedback = self.parts, self.session, self.feedback
         count = self.count(parts.agent.num_timesteps) - outstanding
@@ -81,6 +82,8 @@ class Questions:
         if fresh:
             steps = feedback.fresh_steps
             session.collect_fresh(2 * count * self.segment_length if steps is None else steps)
+            wide = self.segment_length + 2 * parts.updater.margin
+            fresh = len(parts.rollouts.starts(wide, session.fresh_from)) > 0
         rule = Uniform() if first and not parts.query.from_the_start else parts.query
         branched = round(parts.query.branch_share * count)
         about_fresh = round(feedback.fresh_share * (count - branched)) if fresh else 0

@@ -84,6 +84,8 @@ class AgentSession:
         if self.rollouts.states.shape[1] == 0:
             raise ValueError("branching needs an environment that can store its simulator state (state_size > 0)")
         legal = self.rollouts.starts(length, since=self.fresh_from if self.fresh_to > self.fresh_from else 0)
+        if len(legal) == 0:  # an episode ended within the fresh steps
+            legal = self.rollouts.starts(length)
         if len(legal) == 0:
             raise ValueError(f"no stored episode has {length} steps to branch within; shorten segment_length")
         found = np.empty((starts, branches), np.int64)

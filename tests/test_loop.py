@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from pbrl.asking import TeacherError
 from pbrl.interfaces import as_teacher
+from pbrl.launch.configuration import ConfigError
 from pbrl.launch.shipped import described
 from pbrl.loop import Loop
 from pbrl.preferences import Preferences
@@ -106,6 +107,38 @@ def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: st
     assert seen == [0, fresh, fresh], "the first session has no fresh steps"
     stored = Preferences.load(tmp_path / "run" / "preferences.npz")
     assert [int(stored.fresh[stored.session == session].sum()) for session in range(3)] == seen
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["feedback.fresh_steps=0"], "feedback.fresh_steps=0; expected at least 10, .*feedback.fresh_share=0"),
+        (["feedback.fresh_steps=9"], "feedback.fresh_steps=9; expected at least 10, "),
+        (["feedback.memory_steps=9"], "feedback.memory_steps=9; expected at least 10, "),
+        (["updater=surf", "feedback.memory_steps=10"], r"memory_steps=10; expected at least 1\d, .* on both sides"),
+    ],
+)
+def test_too_few_steps_for_a_segment_are_refused_before_anything_starts(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        tiny_loop(tmp_path / "run", "updater=aparl", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_questions_about_fresh_steps_there_need_be_none(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "updater=aparl", "feedback.fresh_steps=0", "feedback.fresh_share=0")
+    assert [len(query) for query in questions(loop)] == [5, 5, 5]
+
+
+def test_where_an_episode_ends_within_the_fresh_steps_the_questions_are_about_what_is_kept(tmp_path: Path) -> None:
+    # The first session branches for 40 steps, so the second begins at the 45th of an episode: 5 and 7 steps are fresh.
+    split = ["feedback.start=235", "feedback.fresh_steps=12"]
+    loop = tiny_loop(tmp_path / "run", "updater.pairs=fresh", "query.branch_share=0.4", "total_steps=900", *split)
+    asked = questions(loop)
+    assert [len(query) for query in asked] == [5, 5, 5]
+    fresh = [int(query.fresh.sum()) for query in asked if query.fresh is not None]
+    assert fresh == [2, 2, 4], "at first and then branches alone"
 
 
 def questions(loop: Loop) -> list[Query]:

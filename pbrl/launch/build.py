@@ -251,6 +251,7 @@ class _Builder:
         teacher = self.adopt("teacher", as_teacher)
         env, eval_env = self.adopt("env", as_environment), self.adopt("env", as_environment)
         self._check_horizon(env, updater)
+        self._check_memory(updater)
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
@@ -307,6 +308,16 @@ class _Builder:
         horizon, needed = env.horizon, self.cfg.segment_length + 2 * updater.margin
         if horizon is not None and needed > horizon:
             raise ConfigError(f"segment_length={needed} is longer than an episode of {horizon} steps; shorten it")
+
+    def _check_memory(self, updater: Updater) -> None:
+        feedback, needed = self.cfg.feedback, self.cfg.segment_length + 2 * updater.margin
+        what = f"expected at least {needed}, the steps of a segment (segment_length"
+        what += f" and {updater.margin} on both sides)" if updater.margin else ")"
+        if updater.pairs != "none" and feedback.memory_steps < needed:
+            raise ConfigError(f"feedback.memory_steps={feedback.memory_steps}; {what}")
+        fresh = feedback.fresh_steps if updater.pairs == "fresh" and feedback.fresh_share > 0 else None
+        if fresh is not None and fresh < needed:
+            raise ConfigError(f"feedback.fresh_steps={fresh}; {what}, null, or feedback.fresh_share=0")
 
     def _preferences(self) -> Preferences:
         about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
