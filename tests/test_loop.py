@@ -126,6 +126,27 @@ def test_too_few_steps_for_a_segment_are_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("columns", "overrides", "said"),
+    [
+        ([], ["segment_length=20"], r"10 steps a segment \(segment_length\), this run 20; expected the same"),
+        (["obs"], [], "1 observations a step, this run 2; expected the same"),
+        (["actions", "raw_actions"], [], "1 actions a step, this run 2; expected the same"),
+        (["states"], [], "3 numbers in a simulator's state, this run 4; expected the same"),
+    ],
+)
+def test_imported_answers_of_other_sizes_are_refused_before_anything_starts(
+    tiny_run: Path, tmp_path: Path, columns: list[str], overrides: list[str], said: str
+) -> None:
+    stored = Preferences.load(tiny_run / "preferences.npz")
+    for name in columns:
+        stored._columns[name] = stored._columns[name][..., :-1]
+    stored.save(tmp_path / "other.npz")
+    with pytest.raises(ConfigError, match=f"^import_preferences={tmp_path}/other.npz has {said}"):
+        tiny_loop(tmp_path / "run", f"import_preferences={tmp_path}/other.npz", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_questions_about_fresh_steps_there_need_be_none(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "feedback.fresh_steps=0", "feedback.fresh_share=0")
     assert [len(query) for query in questions(loop)] == [5, 5, 5]

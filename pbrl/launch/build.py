@@ -257,7 +257,7 @@ class _Builder:
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
         check_combination(cfg, env, reward, query, updater, teacher)
         capacity = feedback.memory_steps
-        preferences, oracle, callback = self._preferences(), self._oracle(), self._callback()
+        preferences, oracle, callback = self._preferences(env), self._oracle(), self._callback()
         _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
         refuse_links(self.run_dir)
         parts = Parts(
@@ -319,13 +319,30 @@ class _Builder:
         if fresh is not None and fresh < needed:
             raise ConfigError(f"feedback.fresh_steps={fresh}; {what}, null, or feedback.fresh_share=0")
 
-    def _preferences(self) -> Preferences:
+    def _preferences(self, env: Environment) -> Preferences:
         about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
         preferences = Preferences(about)
         if self.cfg.import_preferences is not None:
             imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences), "import_preferences")
             _refuse(lambda: preferences.extend(imported), "import_preferences")
+            if len(imported):
+                self._check_sizes(imported, env)
         return preferences
+
+    def _check_sizes(self, imported: Preferences, env: Environment) -> None:
+        sizes = [
+            ("steps a segment (segment_length)", imported.length, self.cfg.segment_length),
+            ("observations a step", imported.first.obs.shape[2], env.observation_space.shape[0]),
+            ("actions a step", imported.first.actions.shape[2], env.action_space.shape[0]),
+        ]
+        if imported.states is not None:
+            sizes.append(("numbers in a simulator's state", imported.states.shape[2], env.state_size))
+        differing = "; ".join(f"{there} {what}, this run {here}" for what, there, here in sizes if there != here)
+        if differing:
+            raise ConfigError(
+                f"import_preferences={self.cfg.import_preferences} has {differing}; expected the same: import another "
+                "file, or give this run the segments and environment of this one"
+            )
 
     def _loggers(self) -> Loggers:
         remote: list[Sink] = []
