@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.episodes import play
+from pbrl.interfaces import as_environment
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import ConfigError, check_arguments
 from pbrl.launch.stored import read_config
@@ -29,7 +30,7 @@ FRESH_SEED = 2_000_000  # training and its evaluations never see these episodes
 
 
 def load_run(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC, Any]:
-    """The agent of a run's newest usable checkpoint, and a new environment of its task.
+    """The agent of a run's newest usable checkpoint, and a new environment of its task, as it was trained in.
 
     Args:
         trust: modules of your own that the run's config may name.
@@ -52,7 +53,7 @@ def load_parts(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC,
         check_arguments(part, cfg[part])
     loaded = load_latest(run_dir)
     try:
-        env = instantiate(cfg.env, _convert_="all")
+        env = as_environment(instantiate(cfg.env, _convert_="all"))
         agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")
         agent.policy.load_state_dict(loaded.state["agent"]["policy"])
         agent.num_timesteps = loaded.run["step"]

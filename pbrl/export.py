@@ -1,7 +1,7 @@
 """`python -m pbrl.export RUN --to DIR`: a run's policy and learned reward for use elsewhere, and a model card.
 
     DIR/README.md         model card in the Hugging Face form, with curve.png and the run's config.yaml
-    DIR/policy.onnx       obs [N, obs_dim] → action [N, act_dim], the mean policy in the environment's units
+    DIR/policy.onnx       obs [N, obs_dim] → action [N, act_dim], the mean policy; actions in [−1, 1] as in training
     DIR/policy.pt2        the same for torch (`torch.export.load`)
     DIR/policy.zip        the same for Stable-Baselines3 (`SAC.load`), with critics
     DIR/reward.onnx, .pt2 obs, actions → pay [N] as the run paid at its last checkpoint, members [M, N]
@@ -49,7 +49,7 @@ class ExportError(RuntimeError):
 
 
 class MeanPolicy(nn.Module):
-    """obs [N, obs_dim] → actions [N, act_dim] in the environment's units, float32: what `act` does, for a batch."""
+    """obs [N, obs_dim] → actions [N, act_dim] in the agent's action space, float32: what `act` does, for a batch."""
 
     low: Tensor
     range: Tensor
@@ -351,6 +351,7 @@ policy = ort.InferenceSession("policy.onnx")
 obs = np.zeros((1, policy.get_inputs()[0].shape[1]), np.float32)  # of the environment
 (action,) = policy.run(None, {{"obs": obs}})
 ```
+Actions are in [−1, 1], as in training: an environment with other limits gets low + (action + 1) / 2 · (high − low).
 {reward}
 `policy.zip` is the same policy for Stable-Baselines3 (`SAC.load("policy.zip")`, `predict(obs, deterministic=True)`).
 Such a zip holds a pickle, which runs code when it is loaded: load those you made yourself or trust. `policy.pt2` is for

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from pbrl import evaluate
 from pbrl.interfaces import as_environment
 from pbrl.launch.build import build
 from pbrl.launch.command import composed, prepare
@@ -83,6 +85,21 @@ def test_a_class_of_ones_own_is_trained_in_with_its_arguments(module: str) -> No
     assert (env.horizon, env.state_size) == (40, 0)
     assert finish(loop)["env_step"] == 600
     assert len(loop.parts.rollouts.finished) > 5, "its horizon did not end its episodes"
+
+
+def test_a_run_is_evaluated_in_the_environment_it_was_trained_in(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(made(f"env._target_={module}.Slide"))
+    assert evaluate.main(["run", "--episodes", "2", "--trust", module]) == 0
+    assert "rank correlation" in capsys.readouterr().out
+    agent, env, reward = evaluate.load_parts(Path("run"), [module])
+    seen: list[torch.Tensor] = []
+    returns = reward.returns
+    monkeypatch.setattr(reward, "returns", lambda segments: seen.append(segments.actions) or returns(segments))
+    evaluate.agreement(agent, env, reward, seed=1, length=10)
+    assert env.horizon == 40 and len(seen) == 2
+    assert all(actions.abs().max() <= 1 for actions in seen), "the reward never saw actions up to 5"
 
 
 def test_a_registered_id_names_the_module_that_registers_it(module: str) -> None:
