@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from pbrl.preferences import Preferences
+from pbrl.reward import RewardEnsemble
 from pbrl.updaters.rime import divergences
 from tests.conftest import finish, option, tiny_loop
+from tests.gaussian_problem import STEPS, GaussianSession
 from tests.preference_problem import answered, session, small_reward
 
 
@@ -159,6 +161,37 @@ def test_rime_refuses_what_it_cannot_wrap() -> None:
         option("updater", "rime", inner=option("updater", "oracle"))
     with pytest.raises(ValueError, match="between sessions"):
         option("updater", "rime", inner=option("updater", "mrn"))
+
+
+@pytest.mark.parametrize("name", ["penalty", "aparl"])
+def test_an_inner_second_term_is_the_first_epochs_and_its_session_is_counted_once(name: str) -> None:
+    walk = {"walk": {"steps": 5, "trajectory_length": STEPS, "states": 4, "rollout_steps": 64}, "sigma_decay": 0.5}
+    inner = option("updater", name, fit={"epochs": 1, "least_steps": 0}, **(walk if name == "penalty" else {}))
+    rime = option("updater", "rime", inner=inner, epochs=3, least_epochs=3, warm_updates=0)
+    reward, now = RewardEnsemble(2, 1, members=3, hidden=(8, 8), activation="silu"), GaussianSession(0)
+    metrics = rime.update(reward, now.preferences(), now)
+    assert metrics["reward/epochs"] == 3 and inner.safeguard.updates == 1
+    assert metrics[f"{name}/usable"] == 1 and metrics[f"{name}/fallbacks"] == 0
+    assert rime.own_steps(10, STEPS) == now.rolled == inner.own_steps(10, STEPS), "later epochs take no steps"
+    if name == "penalty":
+        assert inner.sigma == inner.first_sigma / 2
+
+
+def test_an_inner_updater_hears_the_start() -> None:
+    rime = option("updater", "rime", inner=option("updater", "penalty", reference="initial"))
+    rime.start(GaussianSession(0))
+    assert rime.inner.reference_policy is not None
+
+
+def test_an_inner_updater_that_takes_steps_at_every_call_is_planned_for() -> None:
+    class Inner:
+        def update(self, reward: Any, preferences: Preferences, session: Any) -> dict[str, float]:
+            return {}
+
+        def own_steps(self, pairs: int, length: int) -> int:
+            return 100
+
+    assert option("updater", "rime", inner=Inner(), epochs=4).own_steps(10, 50) == 400
 
 
 def test_rime_wraps_another_updater(tmp_path: Path) -> None:

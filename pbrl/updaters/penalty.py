@@ -34,7 +34,7 @@ class Penalty(Updater):
         upper: `preference` (the paper's) or `win_rate`; see `pbrl.second_term.upper`.
         utility, regulariser: added to the upper objective: E[U_phi(τ)] over fresh trajectories, and Z(phi).
         sigma: penalty strength at the first session, ≥ 0; 0: no second actor. Small: less bias, more noise.
-        sigma_decay: factor per session, in (0, 1].
+        sigma_decay: factor per session with new answers, in (0, 1].
         walk: how the second actor is found and rolled out; its steps are environment steps.
         reference: policy from which a KL is taken off the second actor's objective: none, initial (before the first
             step) or pretrained (at the first session). SAC's own objective has the entropy bonus only.
@@ -92,21 +92,21 @@ class Penalty(Updater):
             self.reference_policy = copied(session.policy.parameters())
 
     def own_steps(self, pairs: int, length: int) -> int:
-        """Those of the second actors."""
-        return self.walk.rollout_steps if self.first_sigma else 0
+        """Those of the second actors, which need two pairs."""
+        return self.walk.rollout_steps if self.first_sigma and pairs >= 2 else 0
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`penalty/…`)."""
         if self.reference == "pretrained" and self.reference_policy is None:
             self.reference_policy = copied(session.policy.parameters())
-        rows = training_rows(preferences.new, self.earlier_share, session.rng)
+        rows, new = training_rows(preferences.new, self.earlier_share, session.rng), bool(preferences.new.any())
         metrics, found = self.safeguard.train(
             reward,
-            self.second_term(reward, preferences, session) if self.first_sigma else None,
+            self.second_term(reward, preferences, session) if self.first_sigma and new else None,
             direct(self.utility, self.regulariser, reward, session.fresh(), self.walk.trajectory_length),
             lambda extra: self.fit(reward, preferences, session.rng, rows, extra),
         )
-        self.sessions += 1
+        self.sessions += new  # rime shows new pairs in a session's first epoch alone
         return metrics | {f"penalty/{name}": value for name, value in found.items()}
 
     # ------------------------------------------------------------------------------------------------ Term 2

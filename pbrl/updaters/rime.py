@@ -95,9 +95,13 @@ class Rime(Updater):
         self.warm, self.largest, self.variance, self.done = False, 0.0, 1.0, 0
         self.mean, self.count = 0.0, 0  # of the trusted KL
 
+    def start(self, session: Session) -> None:
+        """The inner updater's."""
+        self.inner.start(session)
+
     def own_steps(self, pairs: int, length: int) -> int:
-        """Those of the inner updater, at most in each epoch."""
-        return self.epochs * self.inner.own_steps(pairs, length)
+        """Those of the inner updater at most: in the first epoch, and in the others, which have no new pairs."""
+        return self.inner.own_steps(pairs, length) + (self.epochs - 1) * self.inner.own_steps(0, length)
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Denoise and train, epoch by epoch; returns the inner updater's last metrics and the shares kept."""
