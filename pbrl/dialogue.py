@@ -39,24 +39,26 @@ class Dialogue:
         self.pending: Query | None = None  # selected, not yet answered
         self.outstanding: Query | None = None  # asked of a teacher for whom training does not wait
 
-    def session(self, number: int, step: int) -> dict[str, float]:
+    def session(self, number: int, step: int, first: bool) -> dict[str, float]:
         """What the session with this number, counted from 0, asks and gets to know; its metrics.
+
+        `first`: no reward was learned yet (see `Questions.select`).
 
         Raises:
             BrokenOff, TeacherError: the teacher is as before; `pending` holds the questions.
         """
         if not self.questions.left:  # imported answers may have used the budget up
             return {}
-        return self._ask_and_wait(number) if self.parts.teacher.wait else self._exchange(number, step)
+        return self._ask_and_wait(number, first) if self.parts.teacher.wait else self._exchange(number, step, first)
 
-    def _ask_and_wait(self, number: int) -> dict[str, float]:
+    def _ask_and_wait(self, number: int, first: bool) -> dict[str, float]:
         if self.pending is None:
-            self.pending = self.questions.select(first=number == 0)
+            self.pending = self.questions.select(first)
         metrics = self._take_in(self.pending, self._ask(self.pending), number)
         self.pending = None
         return metrics
 
-    def _exchange(self, number: int, step: int) -> dict[str, float]:
+    def _exchange(self, number: int, step: int, first: bool) -> dict[str, float]:
         """Take in what was answered since the last session, and ask anew: training does not wait for the answers."""
         teacher, open_pairs = self.parts.teacher, self.outstanding
         metrics: dict[str, float] = {}
@@ -70,7 +72,7 @@ class Dialogue:
                 open_pairs = open_pairs[rest] if len(rest) else None
         left = 0 if open_pairs is None else len(open_pairs)
         if self.questions.count(step) > left:
-            new = self.questions.select(not len(self.parts.preferences), left)
+            new = self.questions.select(first, left)
             open_pairs = new if open_pairs is None else Query.cat([open_pairs, new])
         self.outstanding = open_pairs
         if open_pairs is not None:

@@ -57,7 +57,7 @@ class Loop:
     on_asking: Callable[[bool], None] = lambda asking: None
 
     sessions: int = field(default=0, init=False)  # finished or begun
-    pretrained: bool = field(default=False, init=False)
+    pretrained: bool = field(default=False, init=False)  # a first reward was learned
     ended: bool = field(default=False, init=False)  # by a callback, before total_steps
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class Loop:
         due = self.due.feedback
         if not self.asks or due >= self.total_steps:
             return NEVER
-        needed = self.questions.steps(self.questions.count(due), first=self.sessions == 0)
+        needed = self.questions.steps(self.questions.count(due), first=not self.pretrained)
         return due if due + needed <= self.total_steps else NEVER
 
     def _feedback_session(self) -> None:
@@ -165,7 +165,7 @@ class Loop:
         metrics = self._ask()
         self.sessions += 1
         metrics |= self._learn()
-        if self.parts.teacher.wait or len(self.parts.preferences):  # else nobody has answered yet: pretraining goes on
+        if len(self.parts.preferences):  # else nobody has answered yet: pretraining goes on
             self._after_update()
         following = max(self.due.feedback + self.feedback.every, self.step)  # fresh steps count towards the interval
         self.due.feedback = following if self.questions.left else NEVER
@@ -176,7 +176,7 @@ class Loop:
     def _ask(self) -> dict[str, float]:
         """This session's questions and their answers; what is open when asking fails or is interrupted is saved."""
         try:
-            return self.dialogue.session(self.sessions, self.step)
+            return self.dialogue.session(self.sessions, self.step, first=not self.pretrained)
         except BrokenOff:
             self._save_and_stop()
         except TeacherError:
@@ -226,7 +226,7 @@ class Loop:
         following = self.step + self.evaluation.every
         self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
         self.due.evaluated = self.step
-        self.diary.evaluate(learned=self.asks and self.sessions > 0)
+        self.diary.evaluate(learned=self.asks and self.pretrained)
 
     def _log_training(self) -> None:
         self.due.log = self.step + self.log_every

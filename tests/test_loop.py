@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pbrl.launch.configuration import ConfigError
 from pbrl.launch.shipped import described
 from pbrl.loop import Loop
 from pbrl.preferences import Preferences
-from pbrl.queries import Score, most_novel, most_rewarded
+from pbrl.queries import QueryRule, Score, Uniform, most_novel, most_rewarded
 from pbrl.records.evaluation import OracleCurve
 from pbrl.reward import RewardEnsemble
 from pbrl.schedule import Feedback
@@ -285,6 +286,27 @@ def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:
     summary = finish(loop)
     assert summary["feedback/labels"] == 0
     assert summary["feedback/skipped"] == 15
+
+
+def test_pretraining_goes_on_until_somebody_has_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = tiny_loop(tmp_path / "run", "query=disagreement")
+    teacher, asked, seen, choose = loop.parts.teacher, [], [], loop.questions._choose
+
+    def skips_at_first(query: Query) -> Answer:
+        asked.append(loop.pretrained)
+        answer = teacher(query)
+        return Answer(answer.prefers_first, answer.given & (len(asked) > 1))
+
+    def chosen(rule: QueryRule, *arguments: Any) -> Query:
+        seen.append((type(rule) is Uniform, loop.agent.batch_reward is None))
+        return choose(rule, *arguments)
+
+    loop.parts.teacher, loop.questions._choose = as_teacher(skips_at_first), chosen
+    assert finish(loop)["feedback/labels"] == 10
+    assert asked == [False, False, True], "nothing was learned from the first session"
+    assert seen == [(True, False), (True, False), (False, True)], "a random reward neither chooses nor pays"
+    told = capsys.readouterr()
+    assert "session 1  labels 0  asked 5/15" in told.out + told.err
 
 
 def test_a_run_folder_stands_alone(tiny_run: Path) -> None:

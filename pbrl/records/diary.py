@@ -129,7 +129,7 @@ class Diary:
         ]
         if renewed := metrics.get("reward/renewed"):
             values.append(f"saturated members that start anew: {renewed:.0f}")
-        self.log(metrics, f"session {sessions}  labels {self._labels}", *values)
+        self.log(metrics, f"session {sessions}", *(f"{name} {count}" for name, count in self._labels.items()), *values)
 
         self._show_steps()
 
@@ -168,7 +168,7 @@ class Diary:
         self.parts.loggers.log(row)
         self._tell(row)
         self.last |= {key: plain(value) for key, value in row.items()}
-        self.bar.set_postfix({"return": _short(self.last.get("eval/return")), "labels": self._labels}, refresh=False)
+        self.bar.set_postfix({"return": _short(self.last.get("eval/return")), **self._labels}, refresh=False)
         if lines:
             self.bar.write(f"step {self.step:>7}  " + "  ".join(line for line in lines if line))
 
@@ -190,8 +190,11 @@ class Diary:
     # ------------------------------------------------------------------------------------------------ numbers
 
     @property
-    def _labels(self) -> str:
-        return f"{self.parts.preferences.asked}/{self.feedback.budget}" if self.parts.asks else "none"
+    def _labels(self) -> dict[str, str]:
+        """Answers so far, and how much of the budget was asked, for the console."""
+        preferences = self.parts.preferences
+        asked = f"{preferences.asked}/{self.feedback.budget}"
+        return {"labels": str(len(preferences)), "asked": asked} if self.parts.asks else {"labels": "none"}
 
     def _counts(self, sessions: int) -> dict[str, float]:
         counts = self.parts.preferences.counts
