@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from pbrl.launch.build import build
+from pbrl.launch.stored import read_config
 from pbrl.loop import Stopped
 from pbrl.records.loggers import JsonLines, Loggers, plain
 from tests.conftest import config, finish, tiny_loop
@@ -83,6 +85,42 @@ def test_wandb_offline_goes_on_in_a_new_folder_of_the_same_id(
     assert len(folders) == 2
     # offline-run-DATE_TIME-ID, and a number behind it where both were opened within the same second
     assert len({folder.name.split("-")[3] for folder in folders}) == 1
+
+
+class Own:
+    """A logger that keeps what it is given."""
+
+    made: ClassVar[list[Own]] = []
+
+    def __init__(self, run_dir: Path, run_config: Any, choices: dict[str, str], note: str) -> None:
+        self.note, self.choices, self.steps = note, choices, []
+        Own.made.append(self)
+
+    def log(self, row: Any) -> None:
+        self.steps.append(row["env_step"])
+
+    def table(self, *_: Any) -> None: ...
+    def close(self, summary: Any) -> None: ...
+
+
+def test_a_resumed_run_takes_another_logger_and_keeps_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    loop = tiny_loop(run_dir)
+    loop.stop = lambda: loop.step >= 300
+    with pytest.raises(Stopped):
+        finish(loop)
+    Own.made.clear()
+    for given in ((), ("replaced=[logger]", "++logger._target_=tests.test_loggers.Own", "++logger.note=a"), ()):
+        overrides = [f"resume={run_dir}", "trust=[tests.test_loggers]", *given]
+        loop = build(*config(*overrides), overrides)
+        loop.stop = lambda loop=loop: loop.step >= 300 + 100 * len(Own.made)
+        with pytest.raises(Stopped):
+            finish(loop)
+    before, after = Own.made
+    assert before.note == after.note == "a" and before.steps[0] == 300 and after.steps[0] == 400
+    overrides = [f"resume={run_dir}", "logger=local", "trust=[tests.test_loggers]"]
+    finish(build(*config(*overrides), overrides))
+    assert len(Own.made) == 2 and read_config(run_dir)[1]["logger"] == "local"
 
 
 @pytest.mark.slow

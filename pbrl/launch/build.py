@@ -56,8 +56,10 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
     check(cfg)
     resume = None if cfg.resume is None else Path(cfg.resume)
     if resume is not None:
+        logger = choices.get("logger", "custom")
         stored, choices = read_config(resume, list(cfg.trust))
-        cfg = check_resumed(stored, overrides)
+        cfg = check_resumed(stored, cfg, overrides)
+        choices |= {} if cfg.logger == stored.logger else {"logger": logger}
         check(cfg)
     run_dir = resume or _run_dir(cfg, choices)
     if (cfg.threads or 1) > MOST_THREADS:  # torch would start them all

@@ -361,19 +361,27 @@ def _word(kind: type) -> str:
     return {type(None): "null", ListConfig: "list", DictConfig: "table"}.get(kind, kind.__name__)
 
 
-def check_resumed(stored: DictConfig, overrides: list[str]) -> DictConfig:
+def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]) -> DictConfig:
     """The stored config with what may change when a run is resumed (`resume=RUN total_steps=…`).
+
+    Args:
+        composed: what the overrides make of the default config; its logger is taken if they name one.
 
     Raises:
         ConfigError: naming each key that may not change.
     """
     typed = [override.lstrip("+") for override in overrides]
     changes = [o for o in typed if not o.startswith(("resume=", "run_dir=", "trust=", "replaced="))]
-    refused = [c for c in changes if c.split("=")[0] not in MAY_CHANGE and not c.startswith("logger")]
+    logger = [c for c in changes if c.split("=")[0].split(".")[0] == "logger"]
+    plain = [c for c in changes if c not in logger]
+    refused = [c for c in plain if c.split("=")[0] not in MAY_CHANGE]
     if refused:
         raise ConfigError(
             f"a resumed run keeps its config; these cannot change: {', '.join(refused)} "
             f"(these can: {', '.join(MAY_CHANGE)}, logger). Start a new run instead"
         )
-    plain = [change for change in changes if not change.startswith("logger=")]
-    return OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))  # type: ignore[return-value]
+    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))
+    assert isinstance(resumed, DictConfig)
+    if logger:
+        resumed.logger = composed.logger
+    return resumed
