@@ -177,6 +177,25 @@ def test_overestimation_is_what_constant_critics_have_too_much(excess: float) ->
     assert np.isnan(one.overestimation(10, 20))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_critic_that_is_right_for_its_n_step_target_overestimates_nothing(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """r = 0.5 and −α log π = −0.4 everywhere: Q = r / (1 − γ) − 0.4 γ^n / (1 − γ^n)."""
+    one = agent(initial_temperature=0.2, gamma=0.98, n_steps=n)
+    one.collect(400, updates=0)
+    one.replay_buffer.rewards[:] = 0.5
+    monkeypatch.setattr("pbrl.agent.sac.squash", lambda mean, *_: (mean, torch.full((len(mean),), 2.0)))
+    value = 0.5 / (1 - 0.98) - 0.4 * 0.98**n / (1 - 0.98**n)
+    batch = one.replay_buffer.draw(64, np.random.default_rng(0), n)
+    whole = torch.isclose(batch.not_done, torch.tensor(0.98 ** (n - 1)))  # no end of an episode within
+    target = (batch.rewards + batch.not_done * 0.98 * (value - 0.2 * 2.0))[whole]
+    assert len(target) > 32 and target.numpy() == pytest.approx(value, rel=1e-5), "it is what the update aims at"
+    for i in range(2):
+        one.critic.q_networks[i] = Expecting(value)  # type: ignore[call-overload]
+    assert one.overestimation(400, 20) == pytest.approx(0.0, abs=1e-5)
+
+
 def test_critics_that_expect_too_much_are_reset_and_updates_follow() -> None:
     calm, anxious = agent(reset_above=1e6, relabel_updates=3), agent(reset_above=-1e6, relabel_updates=3)
     for one in (calm, anxious):

@@ -416,12 +416,15 @@ class PreferenceSAC(SAC):
     def overestimation(self, steps: int = 2000, reach: int = 40) -> float:
         """By how much per step the lower critic expects more than the last stored steps brought; NaN if they are few.
 
-            mean [Q(s_t, a_t) − Σ_{i<n} γ^i (r_{t+i} − γ α log π(a_{t+i+1} | s_{t+i+1})) − γ^n Q(s_{t+n}, a_{t+n})]
-                · (1 − γ) / (1 − γ^n)
+            mean [Q_t − Σ_{i<N} γ^i r_{t+i} + α Σ_{i=n,2n,…,N} γ^i log π(a_{t+i} | s_{t+i}) − γ^N Q_{t+N}]
+                · (1 − γ) / (1 − γ^N)
 
-        with n = `reach`, over pieces without an episode's end: critics that are c / (1 − γ) too high everywhere give c.
+        with Q_t = Q(s_t, a_t) and N = `reach`, or the nearest multiple of n = `n_steps` below (the target has an
+        entropy once in n steps), over pieces without an episode's end: critics that are c / (1 − γ) too high everywhere
+        give c.
         """
-        replay = self.replay_buffer
+        replay, n = self.replay_buffer, self.replay_buffer.n_steps
+        reach = max(reach // n, 1) * n
         self._weigh()
         rows = np.arange(-min(steps, replay.size()), 0) + replay.pos
         rows %= replay.buffer_size
@@ -441,7 +444,7 @@ class PreferenceSAC(SAC):
         paid = replay.paid(rows)[:, 0].astype(np.float64)
         powers = self.gamma ** np.arange(reach + 1)
         index = starts[:, None] + np.arange(reach + 1)
-        brought = (paid[index[:, :-1]] * powers[:-1]).sum(1) + (entropy[index[:, 1:]] * powers[1:]).sum(1)
+        brought = (paid[index[:, :-1]] * powers[:-1]).sum(1) + (entropy[index[:, n::n]] * powers[n::n]).sum(1)
         gap = q[starts] - brought - powers[-1] * q[starts + reach]
         return float(gap.mean() * (1 - self.gamma) / (1 - powers[-1]))
 
