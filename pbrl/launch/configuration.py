@@ -365,23 +365,21 @@ def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]
     """The stored config with what may change when a run is resumed (`resume=RUN total_steps=…`).
 
     Args:
-        composed: what the overrides make of the default config; its logger is taken if they name one.
+        composed: what the overrides make of the default config; its logger is taken if they choose one.
 
     Raises:
         ConfigError: naming each key that may not change.
     """
     typed = [override.lstrip("+") for override in overrides]
     changes = [o for o in typed if not o.startswith(("resume=", "run_dir=", "trust=", "replaced="))]
-    logger = [c for c in changes if c.split("=")[0].split(".")[0] == "logger"]
-    plain = [c for c in changes if c not in logger]
-    refused = [c for c in plain if c.split("=")[0] not in MAY_CHANGE]
+    refused = [c for c in changes if c.split("=")[0] not in MAY_CHANGE and not c.startswith("logger")]
     if refused:
         raise ConfigError(
             f"a resumed run keeps its config; these cannot change: {', '.join(refused)} "
             f"(these can: {', '.join(MAY_CHANGE)}, logger). Start a new run instead"
         )
-    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))
+    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist([c for c in changes if not c.startswith("logger=")]))
     assert isinstance(resumed, DictConfig)
-    if logger:
+    if any(change.startswith("logger=") for change in changes):
         resumed.logger = composed.logger
     return resumed
