@@ -103,6 +103,13 @@ class Own:
     def close(self, summary: Any) -> None: ...
 
 
+class Bare(Own):
+    """One that takes less."""
+
+    def __init__(self, run_dir: Path, run_config: Any, choices: dict[str, str]) -> None:
+        super().__init__(run_dir, run_config, choices, "none")
+
+
 def test_a_resumed_run_takes_another_logger_and_keeps_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     loop = tiny_loop(run_dir)
@@ -118,6 +125,10 @@ def test_a_resumed_run_takes_another_logger_and_keeps_it(tmp_path: Path) -> None
             finish(loop)
     before, after = Own.made
     assert before.note == after.note == "a" and before.steps[0] == 300 and after.steps[0] == 400
+    overrides = [f"resume={run_dir}", "trust=[tests.test_loggers]", "replaced=[logger]"]
+    overrides.append("++logger._target_=tests.test_loggers.Bare")
+    build(*config(*overrides), overrides).close(False)
+    assert Own.made.pop().note == "none", "what the one before took is gone"
     overrides = [f"resume={run_dir}", "logger=local", "trust=[tests.test_loggers]"]
     finish(build(*config(*overrides), overrides))
     assert len(Own.made) == 2 and read_config(run_dir)[1]["logger"] == "local"

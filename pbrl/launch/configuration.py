@@ -365,7 +365,7 @@ def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]
     """The stored config with what may change when a run is resumed (`resume=RUN total_steps=…`).
 
     Args:
-        composed: what the overrides make of the default config; its logger is taken if they choose one.
+        composed: what the overrides make of the default config; its logger is taken if they name one.
 
     Raises:
         ConfigError: naming each key that may not change.
@@ -378,8 +378,9 @@ def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]
             f"a resumed run keeps its config; these cannot change: {', '.join(refused)} "
             f"(these can: {', '.join(MAY_CHANGE)}, logger). Start a new run instead"
         )
-    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist([c for c in changes if not c.startswith("logger=")]))
+    plain = [change for change in changes if not change.startswith("logger")]
+    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))
     assert isinstance(resumed, DictConfig)
-    if any(change.startswith("logger=") for change in changes):
+    if plain != changes:
         resumed.logger = composed.logger
     return resumed
