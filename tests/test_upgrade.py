@@ -107,3 +107,10 @@ def test_pairs_that_a_session_asked_at_least_become_a_share(stored: dict[str, An
     old = {"feedback": {"per_session": 25, **stored}, "updater": {}}
     upgrade(old)
     assert old["feedback"] == {"per_session": 25, "decay_to": share}
+
+
+@pytest.mark.parametrize("per_session", [None, "many", 0, 5])
+def test_a_share_of_what_is_no_number_stays_as_it_is_to_be_refused(per_session: Any) -> None:
+    old = {"feedback": {"per_session": per_session, "at_least": 9}, "updater": {}}
+    upgrade(old)
+    assert old["feedback"] == {"per_session": per_session, "at_least": 9}

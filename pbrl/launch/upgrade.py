@@ -48,9 +48,11 @@ AGENT = {  # what its first versions were
 def upgrade(stored: dict[str, Any]) -> None:
     """Change a stored config in place; one of today's stays as it is."""
     feedback = stored.get("feedback")
-    if isinstance(feedback, dict) and "decay_to" not in feedback:  # pairs a session, for a time; 1 if it was not named
-        at_least = feedback.pop("at_least", 1)
-        feedback["decay_to"] = 0.0 if at_least == 1 else at_least / feedback["per_session"]  # 9 of 25 alone was stored
+    if isinstance(feedback, dict) and "decay_to" not in feedback:
+        at_least, per_session = feedback.get("at_least", 1), feedback.get("per_session")  # pairs a session, for a day
+        if isinstance(at_least, int) and isinstance(per_session, int) and 1 <= at_least <= per_session:
+            feedback.pop("at_least", None)  # what is no such number stays, to be refused
+            feedback["decay_to"] = 0.0 if at_least == 1 else at_least / per_session
     agent = stored.get("agent")
     if isinstance(agent, dict) and agent.get("_target_") == "pbrl.agent.sac.make_agent":
         stored["agent"] = AGENT | agent
