@@ -26,7 +26,7 @@ from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
 from pbrl.launch.shipped import described
 from pbrl.launch.stored import read_config, refuse_links
-from pbrl.preferences import FILE_NAME, Preferences
+from pbrl.preferences import Preferences, of_run
 from pbrl.types import Query
 
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.source.is_dir():
             refuse_links(given.source)
-        stored = Preferences.load(given.source / FILE_NAME if given.source.is_dir() else given.source)
+        stored = of_run(given.source) if given.source.is_dir() else Preferences.load(given.source)
         query = questions(stored)
         out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
         env = environment(given.source, given.env, stored, given.trust)

@@ -368,6 +368,19 @@ def _tensor(name: str, array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
+def of_run(run_dir: Path) -> Preferences:
+    """The answered pairs of a run.
+
+    Raises:
+        FileNotFoundError: if it is none, or has none yet. ValueError: see `Preferences.load`.
+    """
+    if not (run_dir / FILE_NAME).is_file():
+        if not (run_dir / "config.yaml").is_file():
+            raise FileNotFoundError(f"{run_dir}: there is no run (no config.yaml in it)")
+        raise FileNotFoundError(f"{run_dir} has no answers yet (no {FILE_NAME}): its checkpoints write what was answered")
+    return Preferences.load(run_dir / FILE_NAME)
+
+
 def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The checked metadata of a state."""
     if "metadata" not in arrays:
@@ -440,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "export":
-            _write(Preferences.load(options.run / FILE_NAME), options.out)
+            _write(of_run(options.run), options.out)
         elif options.command == "merge":
             _write(merge([Preferences.load(file) for file in options.files]), options.out)
         else:

@@ -382,9 +382,13 @@ def test_the_command_line_overwrites_nothing_and_explains_itself(
 ) -> None:
     filled().save(tmp_path / "preferences.npz")
     Preferences().save(tmp_path / "empty.npz")
+    (tmp_path / "new-run").mkdir()
+    (tmp_path / "new-run" / "config.yaml").touch()
     for arguments, message in (
         (["export", str(tmp_path), str(tmp_path / "preferences.npz")], "exists; name another file"),
-        (["export", str(tmp_path / "no-run"), str(tmp_path / "out.npz")], "no preference data set at"),
+        (["export", str(tmp_path / "no-run"), str(tmp_path / "out.npz")], "no-run: there is no run"),
+        (["export", str(tmp_path / "new-run"), str(tmp_path / "out.npz")], "new-run has no answers yet"),
+        (["info", str(tmp_path / "none.npz")], "`python -m pbrl.preferences export` makes one"),
         (["merge", str(tmp_path / "empty.npz"), str(tmp_path / "out.npz")], "no answered pairs"),
         (["export", str(tmp_path), str(tmp_path / "no-folder" / "out.npz")], "no-folder"),
     ):
