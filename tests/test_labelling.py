@@ -158,6 +158,16 @@ def test_a_pair_is_with_one_person_until_the_lease_ends(tmp_path: Path, clock: C
         store.answer("carl", "carl", anna, 0.0, 1.0)
 
 
+def test_a_page_left_open_keeps_no_pair_from_others(tmp_path: Path, clock: Clock) -> None:
+    store = make_store(tmp_path, 1, clock, lease=60.0)
+    anna = store.next("anna")
+    for _ in range(30):  # she has left, her page looks every 2.5 seconds
+        assert store.next("anna") == anna, "hers while nobody else asks"
+        clock.now += 2.5
+    assert store.next("ben") == anna
+    assert store.next("anna") is None, "now it is with ben"
+
+
 def test_two_reviews_make_a_soft_label(tmp_path: Path) -> None:
     store = make_store(tmp_path, 3, reviews=2)
     for label in (1.0, 1.0, None):

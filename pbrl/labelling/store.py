@@ -266,7 +266,10 @@ class LabelStore:
     # ------------------------------------------------------------------------------------------------ the raters' side
 
     def next(self, rater: str) -> Shown | None:
-        """What to show this rater now, leased to him; the same again until he answers or his lease ends. None: nothing.
+        """What to show this rater now, leased to him; None: nothing.
+
+        The same again until he answers or, his lease over, somebody else is handed it: asking again prolongs no lease,
+        as a page that is left open asks for ever.
 
         Raises:
             Refused: for a name that is none.
@@ -278,7 +281,7 @@ class LabelStore:
             if held is not None:
                 shown = Shown(held[0], bool(held[1]))
                 if self._may(db, rater, shown, now):
-                    return self._hand(db, rater, shown, now)
+                    return shown
             found = db.execute(
                 f"SELECT q.id FROM question q WHERE q.open AND ({STANDING})"
                 " + (SELECT count(*) FROM lease l WHERE l.question = q.id AND NOT l.repeat AND l.until > ?"
