@@ -227,6 +227,8 @@ def test_a_store_is_refused_if_it_is_none_or_a_number_is_wrong(tmp_path: Path) -
     (tmp_path / "no").write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(ValueError, match="is not a store of labels"):
         LabelStore(tmp_path / "no")
+    with pytest.raises(OSError, match=r"no-folder/labels\.sqlite3: unable to open"):
+        LabelStore(tmp_path / "no-folder" / "labels.sqlite3")
     with pytest.raises(ValueError, match="reviews=0"):
         LabelStore(tmp_path / "new", reviews=0)
     store = make_store(tmp_path)

@@ -111,7 +111,7 @@ class LabelStore:
 
     Raises:
         ValueError: if the file is there and is not such a store, or a number is out of range.
-        OSError: if it is a link. Every method: if the file cannot be read or written.
+        OSError: if it is a link or cannot be opened. Every method: if the file cannot be read or written.
     """
 
     def __init__(
@@ -131,7 +131,8 @@ class LabelStore:
         self._lock = threading.Lock()
         for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would write through a link
             refuse_foreign(Path(f"{path}{suffix}"))
-        self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+        with self._plain_errors():
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA trusted_schema=OFF")
             self._db.execute("PRAGMA journal_mode=WAL")
