@@ -2,7 +2,7 @@
 
     python -m pbrl.label RUN                   the pairs that a run has stored, asked again of people
     python -m pbrl.label FILE.npz              the same of an exported file
-    python -m pbrl.label RUN --out LABELS.npz  where the answers go
+    python -m pbrl.label RUN --out LABELS.npz  where the answers go (else to RUN/labels.npz, FILE-people.npz)
     python -m pbrl.label RUN --trust my_env    an environment of your own
 
 The page is that of `teacher=human`. What was answered is kept beside the output (OUT.sqlite3), so the same command goes
@@ -26,8 +26,10 @@ from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
 from pbrl.launch.shipped import described
 from pbrl.launch.stored import read_config, refuse_links
-from pbrl.preferences import Preferences, of_run
+from pbrl.preferences import FILE_NAME, Preferences, of_run
 from pbrl.types import Query
+
+STORE = ".sqlite3"  # of what was answered: OUT with this behind it
 
 
 def environment(source: Path, name: str | None, stored: Preferences, trust: Sequence[str] = ()) -> dict[str, Any]:
@@ -53,6 +55,24 @@ def words(env: dict[str, Any]) -> str | None:
     """What `teacher=human` says that the robot should do in this environment."""
     teacher = OmegaConf.load(CONF / "teacher" / "human.yaml")
     return OmegaConf.create({"env": env, "teacher": teacher}).teacher.task
+
+
+def place(out: Path | None, source: Path) -> Path:
+    """The file for the labels: `out`, or by default one beside the source.
+
+    Raises:
+        ValueError: if it is the file whose pairs are asked, or one that this command has not written.
+    """
+    if out is None:
+        out = source / "labels.npz" if source.is_dir() else source.with_name(f"{source.stem}-people.npz")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first or name another")
+    if out.exists():
+        if out.samefile(source / FILE_NAME if source.is_dir() else source):
+            raise ValueError(f"--out={out} is the file whose pairs are asked; name another")
+        if not out.with_name(out.name + STORE).exists():
+            raise ValueError(f"--out={out} exists, and no {out.name}{STORE} beside it: name another or delete it first")
+    return out
 
 
 def questions(stored: Preferences) -> Query:
@@ -83,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pbrl.label", description="Label pairs without training.")
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run directory, or preferences (.npz)")
-    parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: labels.npz beside the source)")
+    parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: RUN/labels.npz, FILE-people.npz)")
     parser.add_argument("--task", help="what the robot should do, in words (default: those of teacher=human)")
     parser.add_argument("--env", help="option of the environment, if the file does not name it")
     parser.add_argument("--reviews", type=int, default=1, help="answers by different people per pair")
@@ -99,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refuse_links(given.source)
         stored = of_run(given.source) if given.source.is_dir() else Preferences.load(given.source)
         query = questions(stored)
-        out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
+        out = place(given.out, given.source)
         env = environment(given.source, given.env, stored, given.trust)
         teacher = HumanTeacher(
             env,
@@ -110,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             port=given.port,
         )
         teacher.trains = False
-        teacher.open(out.parent, stored.length, out.name + ".sqlite3")
+        teacher.open(out.parent, stored.length, out.name + STORE)
     except (OSError, ValueError) as error:
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
