@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _until_answered(teacher: HumanTeacher, query: Query) -> None:
-    """Ask, and say how far people are, until all is answered."""
+    """Ask, and say how far people are, until all is answered and nothing can be undone any more."""
     from tqdm import tqdm
 
     teacher.post(query)
@@ -165,7 +165,6 @@ def _until_answered(teacher: HumanTeacher, query: Query) -> None:
             bar.refresh()
             teacher.watch({"env_step": 0})
             time.sleep(0.5)
-    time.sleep(teacher.undo_seconds)
 
 
 if __name__ == "__main__":

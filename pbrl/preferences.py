@@ -377,7 +377,7 @@ def of_run(run_dir: Path) -> Preferences:
     if not (run_dir / FILE_NAME).is_file():
         if not (run_dir / "config.yaml").is_file():
             raise FileNotFoundError(f"{run_dir}: there is no run (no config.yaml in it)")
-        raise FileNotFoundError(f"{run_dir} has no answers yet (no {FILE_NAME}): its checkpoints write what was answered")
+        raise FileNotFoundError(f"{run_dir} has no answers yet: its checkpoints write {FILE_NAME} once it has")
     return Preferences.load(run_dir / FILE_NAME)
 
 

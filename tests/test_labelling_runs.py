@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from experiments.faults.people import ask_page
 from pbrl import label
 from pbrl.labelling import teacher as teacher_module
 from pbrl.labelling.store import FILE_NAME, LabelStore
+from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.configuration import options
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
@@ -25,7 +27,7 @@ from pbrl.preferences import main as preferences_main
 from pbrl.types import Answer, Query
 from tests.conftest import TINY, config, finish, rows, tiny_loop
 from tests.people import Command, answers, wait_for
-from tests.test_labelling import give, recorded
+from tests.test_labelling import Clock, give, recorded
 
 HUMAN = ("teacher=human", "teacher.repeats=0", "teacher.undo_seconds=0", "teacher.task=go", "teacher.size=64")
 OPEN = "teacher.wait=false"
@@ -283,6 +285,32 @@ def test_labels_replace_no_file_but_their_own(
         assert label.main([str(source), "--repeats=0"]) == 0
         assert len(Preferences.load(out)) == answered
     assert source.read_bytes() == before and other.read_bytes() == before
+
+
+def test_labelling_ends_when_nothing_can_be_undone_any_more(
+    tmp_path: Path, no_page: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 1001 and not undone:
+            undone.append(store.last("you"))
+            store.undo("you", undone[0])
+        elif clock.now > 1010 and store.next("you"):
+            give(store, "you", 0.0)
+
+    clock, undone = Clock(), list[Any]()
+    teacher = HumanTeacher({}, "go", repeats=0.0, undo_seconds=3.0)
+    teacher.open(tmp_path, 10)
+    store = teacher._open()[0]
+    store.clock = clock
+    query = recorded(2)
+    teacher.post(query)
+    for _ in range(2):
+        give(store, "you", 1.0)
+    monkeypatch.setattr(label, "time", SimpleNamespace(sleep=pass_time))
+    label._until_answered(teacher, query)
+    assert store.finished(pair_keys(query)) == 2 and clock.now > 1013
+    teacher.close(complete=True)
 
 
 @pytest.mark.slow

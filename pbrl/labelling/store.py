@@ -429,11 +429,12 @@ class LabelStore:
         )
         return [row[0] for row in rows]
 
-    def finished(self, keys: Sequence[str]) -> int:
-        """How many of these questions are complete or used."""
+    def finished(self, keys: Sequence[str], pause: float = 0.0) -> int:
+        """How many of these questions are used, or complete since at least `pause` seconds."""
         with self._transaction() as db:
             rows = [self._standing(db, key) for key in dict.fromkeys(keys)]
-        return sum(row["used"] or row["answers"] >= self.reviews for row in rows)
+        before = self.clock() - pause
+        return sum(row["used"] or (row["answers"] >= self.reviews and row["given"] <= before) for row in rows)
 
     def progress(self, rater: str) -> dict[str, int]:
         """`open`: questions asked now; `complete`: of them, those with all answers; `mine`: answers of this rater."""
