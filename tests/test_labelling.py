@@ -600,6 +600,38 @@ def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None
         Service(chosen)
 
 
+class Talkative(PointMass):
+    """Prints more than a pipe holds, and cannot step in one direction."""
+
+    def __init__(self) -> None:
+        print("a simulator says its name")
+        super().__init__()
+
+    def step(self, action: np.ndarray) -> Any:
+        print("and what it does" * 10_000)
+        if action[0] == -1:
+            raise KeyError("no such way")
+        return super().step(action)
+
+
+def test_an_environment_that_prints_and_one_that_fails_leave_the_page_standing(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 0)
+    env = PointMass()
+    env.reset(seed=0)
+    states = np.stack([env.get_state()] * 2)
+    moves = [np.full((2, 2, 2), way, np.float32) for way in (1, -1, 1)]
+    store.post([Pair(f"k{i}", drawing.pack(states, actions)) for i, actions in enumerate(moves)])
+    service = Service(settings(store.path, draw=True, env={"_target_": "tests.test_labelling.Talkative"}))
+    try:
+        client = Client(service)
+        for number, status, begin in ((1, 200, b""), (2, 500, b"a clip cannot be drawn: KeyError"), (3, 200, b"")):
+            got, content, _ = client.request("GET", f"/api/clip?number={number}&repeat=false")
+            assert got == status and content.startswith(begin), content[:200]
+    finally:
+        service.close()
+        store.close()
+
+
 # ----------------------------------------------------------------------------------------------------- the teacher
 
 

@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from pbrl.labelling import drawing
@@ -413,6 +413,8 @@ def web_server(app: Labelling) -> Any:
 
 def main() -> None:
     """Serve until the standard input ends."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an environment prints in the drawing process is no answer, and nobody reads on
     settings = json.loads(sys.stdin.readline())
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # malformed requests are no news
     try:
@@ -424,11 +426,11 @@ def main() -> None:
         if settings["draw"]:
             app.step_seconds = clips.drawing.start()
     except (OSError, ValueError, RuntimeError) as error:
-        _say({"error": str(error).split("\n")[0]})
+        _say(answer, {"error": str(error).split("\n")[0]})
         return
     server = web_server(app)
     threading.Thread(target=_listen, args=(app, server), daemon=True).start()
-    _say({"port": port})
+    _say(answer, {"port": port})
     server.run(sockets=[bound])
     clips.drawing.stop()
     os._exit(0)  # without waiting for a clip that nobody will see
@@ -443,9 +445,9 @@ def _listen(app: Labelling, server: Any) -> None:
     server.should_exit = True
 
 
-def _say(line: dict[str, Any]) -> None:
+def _say(answer: TextIO, line: dict[str, Any]) -> None:
     try:
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line), file=answer, flush=True)
     except BrokenPipeError:  # who started it was killed: its input has ended too
         os._exit(1)
 
