@@ -523,6 +523,17 @@ def test_a_thousand_answers_at_twenty_a_second(served: tuple[Client, LabelStore]
     assert np.quantile(taken, 0.95) < 0.1
 
 
+def test_after_the_end_nothing_is_asked_or_taken_back(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 3)
+    give(store, "you", 1.0)
+    app = server.Labelling({**settings(store.path), "token": ""}, store, server.Clips(store, {}, 64, False), None)
+    assert app.state("you")["question"] and app.state("you")["undo"]
+    for phase in ("finished", "labelled"):
+        app.hear({"status": {"phase": phase}})
+        state = app.state("you")
+        assert state["question"] is None and state["undo"] is None and state["open"] == 3, phase
+
+
 def test_the_network_is_named_and_its_names_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path).close()
     service = Service(settings(tmp_path / "labels.sqlite3", host="0.0.0.0"))

@@ -36,6 +36,7 @@ WAITING, WAITING_SECONDS = 50, 10.0  # connections without a whole request, and 
 CLIPS_KEPT = 64  # drawn clips in memory
 AHEAD = 4  # questions drawn before they are shown
 LINGER = 3.0  # seconds for which a finished run's page can still say so
+ENDED = ("finished", "labelled")  # phases after which no answer is used
 LABELS = (1.0, 0.5, 0.0, None)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -145,13 +146,14 @@ class Labelling:
 
     def state(self, rater: str) -> dict[str, Any]:
         """Everything that the page shows."""
-        shown = self.store.next(rater)
+        ended = self.status["phase"] in ENDED
+        shown = None if ended else self.store.next(rater)
         real, lasts = drawing.timing(self.settings["steps"], self.step_seconds)
         return {
             "task": self.settings["task"],
             "rater": rater,
             "question": None if shown is None else {"number": shown.question, "repeat": shown.repeat},
-            "undo": self.store.last(rater),
+            "undo": None if ended else self.store.last(rater),
             **self.store.progress(rater),
             "reviews": self.store.reviews,
             "wait": self.settings["wait"],
@@ -440,7 +442,7 @@ def _listen(app: Labelling, server: Any) -> None:
     """Take what training says until it ends, then end the server."""
     for line in sys.stdin:
         app.hear(json.loads(line))
-    if app.status.get("phase") in ("finished", "labelled"):
+    if app.status["phase"] in ENDED:
         time.sleep(LINGER)
     server.should_exit = True
 
