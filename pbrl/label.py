@@ -3,7 +3,7 @@
     python -m pbrl.label RUN                   the pairs that a run has stored, asked again of people
     python -m pbrl.label FILE.npz              the same of an exported file
     python -m pbrl.label RUN --out LABELS.npz  where the answers go (else to RUN/labels.npz, FILE-people.npz)
-    python -m pbrl.label RUN --trust my_env    an environment of your own
+    python -m pbrl.label RUN --trust my_env    an environment of your own (of a file alike)
 
 The page is that of `teacher=human`. What was answered is kept beside the output (OUT.sqlite3), so the same command goes
 on where it stopped; OUT is written at the end and on Ctrl-C, and `import_preferences=OUT` starts a run from it.
@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
+from pbrl.launch.constructors import check_stored
 from pbrl.launch.shipped import described
 from pbrl.launch.stored import read_config, refuse_links
 from pbrl.preferences import FILE_NAME, Preferences, of_run
@@ -33,18 +34,23 @@ STORE = ".sqlite3"  # of what was answered: OUT with this behind it
 
 
 def environment(source: Path, name: str | None, stored: Preferences, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """Config of the environment in which clips are drawn: the run's, or the option that the file names.
+    """Config of the environment in which clips are drawn: the run's, the file's, or the option of this name.
 
     Args:
+        name: None: the source's own; of a file without a config (before version 0.2) the option that it names.
         trust: see `pbrl.launch.stored.read_config`.
 
     Raises:
-        ConfigError: if there is none of this name, or the run's config may not name it.
+        ConfigError: if there is none of this name, or the stored config may not name it.
     """
     if source.is_dir() and name is None:
         cfg, _ = read_config(source, trust, ["env"])
         check_arguments("env", cfg.env)
         return dict(OmegaConf.to_container(cfg.env, resolve=True))  # type: ignore[arg-type]
+    if name is None and (env := stored.about.get("env_config")):
+        check_stored({"env": env}, source, trust)
+        check_arguments("env", OmegaConf.create(env))
+        return dict(env)
     name = name or str(stored.about.get("env"))
     if name not in options("env"):
         raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
@@ -105,12 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run directory, or preferences (.npz)")
     parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: RUN/labels.npz, FILE-people.npz)")
     parser.add_argument("--task", help="what the robot should do, in words (default: those of teacher=human)")
-    parser.add_argument("--env", help="option of the environment, if the file does not name it")
+    parser.add_argument("--env", help="option of the environment, in place of the stored one")
     parser.add_argument("--reviews", type=int, default=1, help="answers by different people per pair")
     parser.add_argument("--repeats", type=float, default=0.05, help="share of answers asked again, sides swapped")
     parser.add_argument("--host", default="localhost", help="another address lets others in who have the token")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
-    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the run's config may name")
+    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the stored config may name")
     given = parser.parse_args(arguments)
     look_here()
     register_resolvers()
@@ -131,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         teacher.trains = False
         teacher.open(out.parent, stored.length, out.name + STORE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: tables nested without end
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     complete = False

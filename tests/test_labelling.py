@@ -28,11 +28,13 @@ from pbrl.labelling import drawing, server
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import LabelStore, Pair, Refused, Shown, Taken
 from pbrl.labelling.teacher import HumanTeacher, pair_keys, pairs
+from pbrl.launch.configuration import ConfigError
 from pbrl.launch.shipped import described
 from pbrl.preferences import Preferences
 from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
+from tests.conftest import tiny_loop
 from tests.films import read_film
 from tests.people import AnsweredPage, wait_for
 
@@ -600,6 +602,36 @@ def test_a_file_names_the_environment_that_draws_it(task: str) -> None:
     """Also one whose YAML takes its keys from another."""
     env = environment(Path("labels.npz"), None, Preferences({"env": task}))
     assert env == described("env", task, task) and instantiate(env).observation_space
+
+
+def test_a_file_is_drawn_in_the_environment_of_its_run(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "env.horizon=70")
+    loop.parts.preferences.save(tmp_path / "labels.npz")
+    loop.release()
+    stored = Preferences.load(tmp_path / "labels.npz")
+    assert environment(tmp_path / "labels.npz", None, stored)["horizon"] == 70
+    assert environment(tmp_path / "labels.npz", "pointmass", stored)["horizon"] == 50, "another by its name"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"_target_": "tests.test_labelling.Talkative"}, r"env\._target_=tests.test_labelling.Talkative is not among"),
+        ({"_target_": "envs.pointmass.PointMass", "horizon": "${oc.env:HOME}"}, "holds plain values only"),
+        ({"_target_": "envs.pointmass.PointMass", "horizon": "50"}, "is not what"),
+        ({"_target_": "envs.gym.GymEnv", "id": "payload:Env-v0"}, "is outside what"),
+    ],
+)
+def test_an_environment_that_a_strangers_file_asks_for_is_held_against_the_list(
+    env: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"labels.npz: .*{message}"):
+        environment(Path("labels.npz"), None, Preferences({"env_config": env}))
+
+
+def test_an_own_environment_of_a_file_is_drawn_when_it_is_trusted() -> None:
+    env = {"_target_": "tests.test_labelling.Talkative"}
+    assert environment(Path("labels.npz"), None, Preferences({"env_config": env}), ["tests.test_labelling"]) == env
 
 
 def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
