@@ -322,7 +322,12 @@ class _Builder:
             raise ConfigError(f"feedback.fresh_steps={fresh}; {what}, null, or feedback.fresh_share=0")
 
     def _preferences(self, env: Environment) -> Preferences:
-        about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
+        about = {
+            "env": self.choices.get("env"),
+            "env_config": OmegaConf.to_container(self.cfg.env, resolve=True),
+            "teacher": self.cfg.teacher._target_,
+            "seed": self.cfg.seed,
+        }
         preferences = Preferences(about)
         if self.cfg.import_preferences is not None:
             imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences), "import_preferences")
