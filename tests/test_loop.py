@@ -280,6 +280,24 @@ def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path,
     assert finish(resumed)["complete"]
 
 
+class Telling(Tantrum):
+    """Reports a word."""
+
+    def metrics(self) -> dict[str, Any]:
+        return {"own/mode": "strict"}
+
+
+@pytest.mark.parametrize("part", ["teacher", "updater"])
+def test_a_metric_that_is_no_number_is_refused_by_name_before_it_is_stored(tmp_path: Path, part: str) -> None:
+    loop = tiny_loop(tmp_path / "run", "total_steps=250")
+    if part == "teacher":
+        loop.parts.teacher = Telling(raises)
+    else:
+        loop.parts.updater.update = lambda reward, preferences, session: {"own/mode": "strict"}
+    with pytest.raises(ValueError, match=rf"^{part} [\w.]+ reports own/mode='strict'; expected a number"):
+        finish(loop)
+
+
 def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run")
     loop.parts.teacher = as_teacher(lambda query: Answer(torch.zeros(len(query)), torch.zeros(len(query)) > 0))
