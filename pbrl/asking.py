@@ -72,7 +72,7 @@ def _ask(
     with journal.room_for(query):
         answer = _answered(teacher, query, on_asking, name)
         if isinstance(answer, Answer):
-            _write_down(teacher, query, answer, journal, name)
+            _write_down(teacher, query, answer, journal)
             return answer
     pieces: list[Answer] = []
     with contextlib.closing(answer):
@@ -80,7 +80,7 @@ def _ask(
             one = query[pair : pair + 1]
             with journal.room_for(one):
                 pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
-                _write_down(teacher, one, pieces[-1], journal, name)
+                _write_down(teacher, one, pieces[-1], journal)
     return _joined(pieces)
 
 
@@ -91,11 +91,29 @@ def _take_over(teacher: Teacher, state: dict[str, Any], journal: AnswerJournal, 
         raise TeacherError(f"teacher {name} cannot go on from its state in {journal.path}: {error}") from error
 
 
-def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal, name: str) -> None:
+def state_of(teacher: Teacher) -> dict[str, Any] | None:
+    """What the teacher remembers, as it comes back from a file: a copy, also of lists that grow while it answers.
+
+    Raises:
+        ValueError: naming the teacher, if that is not plain JSON.
+    """
     try:
-        journal.append(query, answer, teacher.state_dict())
-    except (TypeError, ValueError) as error:
-        raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
+        state: dict[str, Any] | None = json.loads(json.dumps(teacher.state_dict(), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"state_dict() of teacher {name_of(teacher)} is not plain JSON: {error}; expected numbers, texts, lists and "
+            "tables of them (tensor.tolist() makes one)"
+        ) from error
+    return state
+
+
+def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal) -> None:
+    try:
+        state = state_of(teacher)
+    except ValueError as error:
+        journal.append(query, answer, None)  # the answer at least is kept
+        raise TeacherError(str(error)) from error
+    journal.append(query, answer, state)
 
 
 def _answered(teacher: Teacher, query: Query, on_asking: Callable[[bool], None], name: str) -> Any:

@@ -280,6 +280,32 @@ def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path,
     assert finish(resumed)["complete"]
 
 
+class Unstorable(Teacher):
+    """Remembers a tensor."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, query: Query) -> Answer:
+        self.calls += 1
+        return Answer(torch.ones(len(query)), torch.ones(len(query), dtype=torch.bool))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"w": torch.zeros(2)}
+
+
+def test_a_teacher_whose_state_cannot_be_stored_is_refused_before_it_is_asked(tmp_path: Path) -> None:
+    message = r"^state_dict\(\) of teacher tests.test_loop.Unstorable is not plain JSON: .*Tensor"
+    with pytest.raises(ConfigError, match=message):
+        tiny_loop(tmp_path / "run", "replaced=[teacher]", "++teacher._target_=tests.test_loop.Unstorable")
+    assert not (tmp_path / "run/config.yaml").exists()
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.teacher = teacher = Unstorable()
+    with pytest.raises(ValueError, match=message):
+        finish(loop)
+    assert teacher.calls == 0
+
+
 class Telling(Tantrum):
     """Reports a word."""
 

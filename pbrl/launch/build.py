@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.utils import set_random_seed
 
 from pbrl import ORACLES
-from pbrl.asking import AnswerJournal
+from pbrl.asking import AnswerJournal, state_of
 from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
@@ -79,6 +79,11 @@ def build(
     except MemoryError as error:
         raise ConfigError(f"not enough memory: {printable(error)}") from error
     run_dir = loop.run_dir
+    try:
+        state_of(loop.parts.teacher)
+    except ValueError as error:  # else said when it has answered, and no checkpoint could be written
+        loop.release()
+        raise ConfigError(error) from error
     if resume is None:
         planned = plan_in_words(loop)
         _refuse(lambda: _write_origin(run_dir, cfg, choices, overrides))
