@@ -75,12 +75,10 @@ def _ask(
             _write_down(teacher, query, answer, journal)
             return answer
     pieces: list[Answer] = []
-    with contextlib.closing(answer):
+    with contextlib.closing(answer), journal.room_for(query, len(query)):
         for pair in range(len(query)):
-            one = query[pair : pair + 1]
-            with journal.room_for(one):
-                pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
-                _write_down(teacher, one, pieces[-1], journal)
+            pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
+            _write_down(teacher, query[pair : pair + 1], pieces[-1], journal)
     return _joined(pieces)
 
 
@@ -101,8 +99,8 @@ def state_of(teacher: Teacher) -> dict[str, Any] | None:
         state: dict[str, Any] | None = json.loads(json.dumps(teacher.state_dict(), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"state_dict() of teacher {name_of(teacher)} is not plain JSON: {error}; expected numbers, texts, lists and "
-            "tables of them (tensor.tolist() makes one)"
+            f"state_dict() of teacher {name_of(teacher)} is not plain JSON: {error}; expected numbers, texts, lists "
+            "and tables of them (tensor.tolist() makes one)"
         ) from error
     return state
 
@@ -230,13 +228,13 @@ class AnswerJournal:
         return None
 
     @contextlib.contextmanager
-    def room_for(self, query: Query) -> Iterator[None]:
-        """Within the block the disk has room for the answer to this query: a full disk cannot lose it.
+    def room_for(self, query: Query, lines: int = 1) -> Iterator[None]:
+        """Within the block the disk has room for the answer to this query, in `lines` lines: no full disk can lose it.
 
         The room is zeros at the end of the file; those of a killed run are cut off like a torn line.
         """
         try:
-            self._write(b"\0" * (ROOM + ROOM_PER_PAIR * len(query)))
+            self._write(b"\0" * (ROOM * lines + ROOM_PER_PAIR * len(query)))
             yield
         finally:
             with open_in_place(self.path) as file:

@@ -30,16 +30,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pbrl.files import printable
-from pbrl.types import Answer, Query, Segments, Teacher
+from pbrl.types import Query, Segments, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +77,8 @@ class Renderer:
 class HTTPTeacher(Teacher):
     """Asks a server. Slow, missing and failing (5xx, 429) servers are retried with growing pauses.
 
-    A query is sent in parts. If the server dies in the middle, the parts already answered stay in `state_dict`, and
-    asking the same query again sends only the others.
+    A query is sent in parts, and what is answered is yielded at once: `pbrl.asking.ask` writes it down before the next
+    part is sent, so that neither a kill nor a server that dies in the middle loses it.
 
     Args:
         url: where to post, http or https.
@@ -110,47 +109,28 @@ class HTTPTeacher(Teacher):
             )
         self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
         self.pairs_per_request, self.frames, self.render = pairs_per_request, frames, render
-        self._answered: dict[str, list[float | None]] = {}  # parts of the query that is being asked, by id
-        self._queries = 0  # answered
         self._retried = 0
 
-    def __call__(self, query: Query) -> Answer:
-        """The server's answers.
+    def __call__(self, query: Query) -> Iterator[float | None]:
+        """The server's answers, pair by pair; None: skipped.
 
         Raises:
             HTTPTeacherError: naming the url and, for a malformed answer, the pair and the value.
         """
         self._retried = 0
-        answers: list[float | None] = []
         for start in range(0, len(query), self.pairs_per_request):
-            answers += self._ask(query[start : start + self.pairs_per_request], start)
-        self._answered = {}
-        self._queries += 1
-        labels = [0.5 if answer is None else answer for answer in answers]
-        return Answer(torch.tensor(labels, dtype=torch.float32), torch.tensor([a is not None for a in answers]).bool())
+            yield from self._ask(query[start : start + self.pairs_per_request], start)
 
     def metrics(self) -> dict[str, float]:
         """`teacher/http_retries`: attempts repeated during the last query."""
         return {"teacher/http_retries": float(self._retried)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the answered parts of an unfinished query, and how many were finished before it."""
-        return {"answered": dict(self._answered), "queries": self._queries}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; parts of the same query that were answered since are kept, or they would be asked again."""
-        queries = state.get("queries", 0)
-        self._answered = (self._answered if queries == self._queries else {}) | state["answered"]
-        self._queries = queries
-
     def _ask(self, query: Query, start: int) -> list[float | None]:
         """The answers to one part, whose first pair is the `start`-th of the whole query."""
         pairs = self._pairs(query)
         name = hashlib.sha256(pairs.encode()).hexdigest()
-        if name not in self._answered:
-            reply = self._post(f'{{"id": "{name}", "pairs": {pairs}}}'.encode(), limit=4096 + 64 * len(query))
-            self._answered[name] = self._answers(reply, len(query), start)
-        return self._answered[name]
+        reply = self._post(f'{{"id": "{name}", "pairs": {pairs}}}'.encode(), limit=4096 + 64 * len(query))
+        return self._answers(reply, len(query), start)
 
     def _pairs(self, query: Query) -> str:
         """The pairs as JSON."""

@@ -35,7 +35,7 @@ def test_metrics_are_numbers() -> None:
     told = {"a": 1, "b": np.float32(0.5), "c": torch.tensor(2.0), "d": None, "e": math.nan}
     assert numbers(told, "teacher x") == told
     for value in ("strict", [1, 2], torch.ones(2), np.ones(2)):
-        with pytest.raises(ValueError, match="teacher x reports own/mode=.*; expected a number"):
+        with pytest.raises(ValueError, match=r"teacher x reports own/mode=.*; expected a number"):
             numbers({"own/mode": value}, "teacher x")
 
 
