@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import numbers
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -141,7 +142,8 @@ def _next_answer(labels: Any, pair: int, pairs: int, on_asking: Callable[[bool],
         raise TeacherError(f"teacher {name} failed on pair {pair} of {pairs}: {error}") from error
     finally:
         on_asking(False)
-    if label is not None and not (type(label) in (int, float) and 0 <= label <= 1):
+    is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)  # numpy's scalars too
+    if label is not None and not (is_number and 0 <= label <= 1):
         raise TeacherError(
             f"teacher {name} yielded {label!r} for pair {pair}; expected a number in [0, 1] "
             "(1 first, 0 second, 0.5 equally good), or None to skip the pair"
