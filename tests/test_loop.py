@@ -242,6 +242,38 @@ def test_a_share_of_the_rules_questions_is_about_the_best_clips(
         assert len(starts) == 5
 
 
+@pytest.mark.parametrize(
+    ("picks", "message"),
+    [
+        (
+            lambda candidates, count: np.arange(len(candidates)),
+            r"of shape \[50\]; expected 5 different ones from 0 to 49",
+        ),
+        (lambda candidates, count: np.arange(0), r"of shape \[0\]"),
+        (lambda candidates, count: np.arange(len(candidates)) < count, r"of shape \[50\]"),
+        (lambda candidates, count: np.ones(count), "of float64"),
+        (lambda candidates, count: np.zeros(count, int), "some of them twice"),
+        (lambda candidates, count: np.arange(count) - 1, "from -1 to 3"),
+        (lambda candidates, count: len(candidates) - np.arange(count), "from 46 to 50"),
+    ],
+)
+def test_what_is_no_answer_of_a_query_rule_is_refused_by_name(tmp_path: Path, picks, message: str) -> None:
+    class Picking(QueryRule):
+        from_the_start = True
+
+        def __call__(self, candidates, count, reward, asked, rng) -> Any:
+            return picks(candidates, count)
+
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.query = Picking()
+    loop.agent.collect(100)
+    with pytest.raises(ValueError, match=rf"^query [\w.<>]+Picking returned indices {message}"):
+        loop.questions.select(True)
+    picks = lambda candidates, count: list(range(count))  # noqa: E731
+    assert len(loop.questions.select(True)) == 5
+    loop.release()
+
+
 class Tantrum(Teacher):
     """Answers once, then does what it is told to."""
 
