@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,25 @@ def test_imported_answers_of_other_sizes_are_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=f"^import_preferences={tmp_path}/other.npz has {said}"):
         tiny_loop(tmp_path / "run", f"import_preferences={tmp_path}/other.npz", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_needs_no_imported_file_any_more(tiny_run: Path, tmp_path: Path) -> None:
+    file = shutil.copy(tiny_run / "preferences.npz", tmp_path / "labels.npz")
+    imported = len(Preferences.load(file))
+    loop = tiny_loop(tmp_path / "run", f"import_preferences={file}", "feedback.budget=20")
+    loop.release()  # before its first checkpoint
+    Path(file).rename(tmp_path / "moved.npz")
+    resume = [f"resume={tmp_path / 'run'}", f"trust=[{file}]"]
+    with pytest.raises(ConfigError, match="import_preferences"):
+        tiny_loop(tmp_path / "run", *resume)
+    (tmp_path / "moved.npz").rename(file)
+    loop = tiny_loop(tmp_path / "run", *resume)
+    loop.save()
+    loop.release()
+    Path(file).unlink()
+    loop = tiny_loop(tmp_path / "run", *resume)
+    loop.release()
+    assert len(loop.parts.preferences) == imported and loop.parts.preferences.about["env"] == "pointmass"
 
 
 def test_without_questions_about_fresh_steps_there_need_be_none(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from pbrl.loop import Loop
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
 from pbrl.queries import QueryRule
-from pbrl.records.checkpoint import CheckpointError, checkpoints
+from pbrl.records.checkpoint import CheckpointError, begun, checkpoints
 from pbrl.records.evaluation import OracleCurve
 from pbrl.records.loggers import JsonLines, Loggers, Sink
 from pbrl.reward import RewardEnsemble
@@ -274,7 +274,9 @@ class _Builder:
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
         check_combination(cfg, env, reward, query, updater, teacher)
         capacity = feedback.memory_steps
-        preferences, oracle, callback = self._preferences(env), self._oracle(), self._callback()
+        restored = self.resume is not None and begun(self.resume)  # imported ones among them: no file is needed
+        preferences = Preferences() if restored else self._preferences(env)
+        oracle, callback = self._oracle(), self._callback()
         self.run_dir = self.resume or self._new_folder()
         refuse_links(self.run_dir)
         parts = Parts(
