@@ -111,6 +111,20 @@ def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
     assert "total_steps: 600" in (tmp_path / "run/config.yaml").read_text()
 
 
+def test_a_judge_who_has_moved_is_found_again(tmp_path: Path) -> None:
+    run_dir, old, new = tmp_path / "run", "http://127.0.0.1:9/label", "http://127.0.0.1:10/label?a=b"
+    tiny_loop(run_dir, "teacher=http", f"teacher.url={old}").release()
+    for changes, trusted in ((["++teacher.url=" + new, "++teacher.timeout=5"], old), ([], new)):
+        overrides = [f"resume={run_dir}", f"trust=['{trusted}']"]
+        loop = build(*config(*TINY, *overrides), [*overrides, *changes])
+        loop.release()
+        assert (loop.parts.teacher.url, loop.parts.teacher.timeout) == (new, 5)
+    with pytest.raises(ConfigError, match=r"teacher.frames=2 \(these can: .*teacher.url, .*Start a new run"):
+        build(*config(*TINY, *overrides), [*overrides, "++teacher.frames=2"])
+    with pytest.raises(ConfigError, match=r"key teacher.port does not exist"):
+        build(*config(*TINY, *overrides), [*overrides, "++teacher.port=1"])
+
+
 def test_the_bar_moves_while_fresh_steps_are_taken(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "updater.implicit.estimator=off", "feedback.fresh_steps=150")
     seen: list[int] = []
