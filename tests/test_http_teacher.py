@@ -29,8 +29,11 @@ from PIL import Image
 
 from envs.pointmass import PointMass
 from pbrl.asking import AnswerJournal, TeacherError, ask
+from pbrl.interfaces import PlainEnvironment
+from pbrl.launch.configuration import ConfigError
 from pbrl.types import Query, Segments
-from teachers.http import HTTPTeacher, HTTPTeacherError
+from teachers.http import TOKEN, HTTPTeacher, HTTPTeacherError
+from tests.conftest import tiny_loop
 
 REWARD = 987.125  # a task reward that must not appear in any request
 
@@ -174,9 +177,33 @@ def test_the_pictures_are_those_of_the_episode() -> None:
     assert not np.array_equal(seen[0], seen[6])
 
 
-def test_frames_without_a_renderer_or_states_are_an_error_that_helps() -> None:
-    with pytest.raises(HTTPTeacherError, match=r"teacher\.frames=0"):
-        labels(HTTPTeacher("http://127.0.0.1:1/", frames=2), query(1, states=True))
+def test_pictures_that_cannot_be_taken_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"^frames=2; expected 0, or a renderer"):
+        HTTPTeacher("http://127.0.0.1:1/", frames=2)
+    monkeypatch.setattr("pbrl.launch.build.as_environment", lambda env: PlainEnvironment(env))
+    own = ("teacher.url=http://127.0.0.1:1/", "env.horizon=50")
+    with pytest.raises(ConfigError, match=r"teacher=teachers.http.HTTPTeacher shows clips, .* state can be restored"):
+        tiny_loop(tmp_path / "run", "teacher=http-frames", *own)
+    tiny_loop(tmp_path / "run", "teacher=http", *own).release()
+
+
+def test_a_token_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Authorization"])
+        send(handler, answers(1))
+
+    seen: list[str | None] = []
+    with Server(reply) as server:
+        labels(teacher(server), query(1))
+        monkeypatch.setenv(TOKEN, "s3cret")
+        labels(teacher(server), query(1))
+    assert seen == [None, "Bearer s3cret"]
+    monkeypatch.setenv(TOKEN, "two words\n")
+    with pytest.raises(ValueError, match=f"^{TOKEN} has spaces") as error:
+        teacher(server)
+    assert "two" not in str(error.value)
 
 
 # When it is not
@@ -474,6 +501,21 @@ def test_any_reply_gives_labels_or_one_clear_error(changeable: tuple[Server, lis
 def test_only_http_is_spoken(url: str) -> None:
     with pytest.raises(ValueError, match="expected http://"):
         HTTPTeacher(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://me:secret@judge/label", "expected no password"),
+        ("http://judge/a label", "percent-encode"),
+        ("http://judge/läbel", "percent-encode"),
+        ("http://jüdge/label", "percent-encode"),
+    ],
+)
+def test_what_cannot_be_posted_to_is_refused_at_once(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^url is .*{message}") as error:
+        HTTPTeacher(url)
+    assert "secret" not in str(error.value)
 
 
 def test_impossible_options_are_refused() -> None:
