@@ -7,7 +7,7 @@ Labels follow PARL (Chakraborty et al., ICLR 2024, eq. 6): **1 means the first s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,7 +172,7 @@ class Teacher(ABC):
     """
 
     @abstractmethod
-    def __call__(self, query: Query) -> Answer:
+    def __call__(self, query: Query) -> Answer | Iterator[float | None]:
         """One answer for each pair. What it raises stops the run after saving; the query is put again on resume.
 
         It may instead be a generator that yields one label a pair, in [0, 1] or None to skip: each is on the disk

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pbrl.files import write_atomically
+from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.records.evaluation import (
     PAIR_COLUMNS,
@@ -24,7 +25,7 @@ from pbrl.records.evaluation import (
     pair_rows,
     rank_correlation,
 )
-from pbrl.records.loggers import plain
+from pbrl.records.loggers import numbers, plain
 from pbrl.records.videos import film_pairs, film_states
 from pbrl.schedule import Evaluation, Feedback
 from pbrl.types import Answer, Query
@@ -119,7 +120,8 @@ class Diary:
     def session(self, metrics: dict[str, float], sessions: int) -> None:
         """What came of the session with this number, and how well the reward knows the task now."""
         teacher = self.parts.teacher
-        metrics = metrics | self._counts(sessions) | self._health() | teacher.metrics()
+        told = numbers(teacher.metrics(), f"teacher {name_of(teacher)}")
+        metrics = metrics | self._counts(sessions) | self._health() | told
         if raters := teacher.raters():
             self.parts.preferences.about["raters"] = raters
         values = [

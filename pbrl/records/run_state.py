@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pbrl.agent.exploration import StateEntropy
+from pbrl.asking import state_of
 from pbrl.files import printable
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
@@ -71,7 +72,7 @@ def save(loop: Running) -> None:
         "entropy": loop.entropy.state(),
         "fresh": [loop.session.fresh_from, loop.session.fresh_to],
         "rngs": [rng.bit_generator.state for rng in loop.rngs],
-        "teacher": parts.teacher.state_dict(),
+        "teacher": state_of(parts.teacher),
         "journal": parts.journal.position,
         "metrics_bytes": parts.loggers.local.sync(),
         "seconds": loop.diary.seconds,
