@@ -242,7 +242,7 @@ class PreferenceSAC(SAC):
             self.rollouts.add(
                 obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
             )
-        if dones[0] and self.colored is not None:
+        if dones[0] and self.colored is not None and not self._branching:
             self.colored.restart()
         if self.seen is not None:
             self.seen.update(obs.astype(np.float64))
