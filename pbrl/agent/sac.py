@@ -544,6 +544,8 @@ class PreferenceSAC(SAC):
         self._last_obs = self.env.reset()  # type: ignore[assignment]
         self.training_env.np_random.bit_generator.state = state["env_rng"]
         if state["env_state"] is None:
+            if self.colored is not None:
+                self.colored.restart()
             return False
         self.training_env.set_state(state["env_state"].numpy())
         self._last_obs = state["last_obs"].numpy()
