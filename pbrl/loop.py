@@ -141,7 +141,7 @@ class Loop:
         return pay(members, self.step) if self.agent.weight is None else pay.apart(members)
 
     def _act(self) -> None:
-        self.agent.replay_buffer.hybrid = bool(self.questions.left)
+        self.agent.replay_buffer.hybrid = self.asks and bool(self.questions.left)
         until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps, self._next_session())
         if self.asks:
             until = min(until, self.due.between)

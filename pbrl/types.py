@@ -276,13 +276,13 @@ class PolicyView(Protocol):
         """log π_theta(raw | obs), float32 [...], in nats, differentiable in theta."""
 
     def critic_parameters(self) -> Params:
-        """The twin critics' parameters, copied and detached."""
+        """The critics' parameters, copied and detached; C of them, two as a rule."""
 
     def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
-        """Both critics' values, float32 [2, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
+        """All critics' values, float32 [C, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
 
     def critic_features(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """What the critics' last layers are linear in, their bias included: float32 [2, B, D], without gradients."""
+        """What the critics' last layers are linear in, their bias included: float32 [C, B, D], without gradients."""
 
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         """Target critics' soft value of next_obs, float32 [B]; noise: standard normal [B, act_dim]."""

@@ -104,6 +104,7 @@ def restore(loop: Running, loaded: Loaded) -> None:
     parts.rollouts.load_state(run["rollouts"])
     if not agent.load_state(loaded.state["agent"]):
         parts.rollouts.interrupt()
+        parts.rollouts.running_return, parts.rollouts.running_length = 0.0, 0
         print("this simulator cannot restore its state: its episode starts anew")
     replay.pos, replay.full = run["replay"]
     replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
