@@ -37,7 +37,7 @@ def environment(source: Path, name: str | None, stored: Preferences, trust: Sequ
     """Config of the environment in which clips are drawn: the run's, the file's, or the option of this name.
 
     Args:
-        name: None: the source's own; of a file without a config (before version 0.2) the option that it names.
+        name: None: the source's own; of a file without a config (an older one) the option that it names.
         trust: see `pbrl.launch.stored.read_config`.
 
     Raises:
