@@ -103,7 +103,8 @@ class Questions:
         if episodes is not None:
             other_since = since if parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
-        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
+        own = episodes is not None and len(parts.rollouts.starts(length + 2 * margin, since, own=True)) > 0
+        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since, own)
         picks, left = np.empty(0, np.int64), np.arange(len(candidates))
 
         def by_rule(among: np.ndarray, number: int) -> np.ndarray:

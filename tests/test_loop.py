@@ -194,6 +194,20 @@ def test_episodes_of_another_actor_are_not_among_the_recent_ones(tmp_path: Path)
     assert rollouts.since_episodes(6, 10) == before, "the rest of what they began is one more"
 
 
+def test_what_is_said_of_the_present_policy_is_not_said_of_another_actor(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "query.recent_episodes=2")
+    rollouts, diary = loop.parts.rollouts, loop.diary
+    loop.agent.collect(220, updates=0)
+    finished, paid = list(rollouts.finished), diary._over_optimisation()["reward/true_per_step"]
+    assert diary._present() == 120, "feedback.every=100"
+    loop.session.rollout(dict(loop.agent.actor.named_parameters()), 160)
+    rollouts.task_rewards[220:380] = 1e6
+    assert (diary._present(), list(rollouts.finished)) == (120, finished)
+    assert diary._over_optimisation()["reward/true_per_step"] == paid
+    assert loop.questions._choose(Uniform(), 50, 0, False).first.step.max() < 220
+    loop.release()
+
+
 @pytest.mark.parametrize("rule", ["disagreement", "uniform"])
 def test_a_share_of_the_questions_is_about_what_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
