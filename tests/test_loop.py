@@ -53,6 +53,14 @@ def test_phases_happen_in_their_order_and_the_budget_is_kept(tiny_run: Path) -> 
     assert evaluations == [0, 250, 500, 600], "the last evaluation is at the end"
 
 
+def test_an_evaluation_that_came_late_does_not_put_off_the_next(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "eval.every=100", "eval.episodes=1")
+    loop.agent.num_timesteps = 130  # a session took steps
+    loop._evaluate()
+    assert loop.due.eval == 200
+    loop.release()
+
+
 @pytest.mark.parametrize(
     ("schedule", "counts"),
     [("constant", [10, 10, 10]), ("decay", [10, 5, 1]), ("increase", [9, 19, 40])],
