@@ -72,10 +72,10 @@ class Questions:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
 
         Those about everything kept come first, then those about the present policy: its fresh steps and branches.
-        The first session, and those after it until one has an answer, ask about everything seen so far (`first`):
-        before any reward there is no policy to be fresh about, what pretraining has visited covers more, and a rule
-        could only choose by a reward that knows nothing yet. So does a later one if no segment fits into its fresh
-        steps because an episode ended within them.
+        The first session, and those after it until one has an answer, ask about everything seen so far (`first`), or
+        the last `query.recent_episodes` of it: before any reward there is no policy to be fresh about, what pretraining
+        has visited covers more, and a rule could only choose by a reward that knows nothing yet. So does a later one if
+        no segment fits into its fresh steps because an episode ended within them.
         """
         parts, session, feedback = self.parts, self.session, self.feedback
         count = self.count(parts.agent.num_timesteps) - outstanding

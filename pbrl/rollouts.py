@@ -198,8 +198,8 @@ class Rollouts:
         """
         wide = length + 2 * margin
         first = self._draw(count, wide, rng, since, own)
-        lately = other_since is None
-        second = self._draw(count, wide, rng, since if lately else other_since, own and lately)
+        lately = (since, own) if other_since is None else (other_since, False)
+        second = self._draw(count, wide, rng, *lately)
         if other_since is not None:
             swap = rng.random(count) < 0.5
             first, second = np.where(swap, second, first), np.where(swap, first, second)
