@@ -227,7 +227,8 @@ class Loop:
         self.diary.log(metrics)
 
     def _evaluate(self) -> None:
-        following = self.step + self.evaluation.every
+        every = self.evaluation.every
+        following = (self.step // every + 1) * every  # sessions take steps: one may have come late
         self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
         self.due.evaluated = self.step
         self.diary.evaluate(learned=self.asks and self.pretrained)

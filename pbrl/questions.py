@@ -73,10 +73,10 @@ class Questions:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
 
         Those about everything kept come first, then those about the present policy: its fresh steps and branches.
-        The first session, and those after it until one has an answer, ask about everything seen so far (`first`):
-        before any reward there is no policy to be fresh about, what pretraining has visited covers more, and a rule
-        could only choose by a reward that knows nothing yet. So does a later one if no segment fits into its fresh
-        steps because an episode ended within them.
+        The first session, and those after it until one has an answer, ask about everything seen so far (`first`), or
+        the last `query.recent_episodes` of it: before any reward there is no policy to be fresh about, what pretraining
+        has visited covers more, and a rule could only choose by a reward that knows nothing yet. So does a later one if
+        no segment fits into its fresh steps because an episode ended within them.
         """
         parts, session, feedback = self.parts, self.session, self.feedback
         count = self.count(parts.agent.num_timesteps) - outstanding
@@ -104,7 +104,8 @@ class Questions:
         if episodes is not None:
             other_since = since if parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
-        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
+        own = episodes is not None and len(parts.rollouts.starts(length + 2 * margin, since, own=True)) > 0
+        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since, own)
         picks, left = np.empty(0, np.int64), np.arange(len(candidates))
 
         def by_rule(among: np.ndarray, number: int) -> np.ndarray:

@@ -96,7 +96,7 @@ class Query:
     first: Segments
     second: Segments
     task_rewards: Tensor  # float32 [N, 2, H], for simulated teachers only
-    mean_task_reward: float = float("nan")  # task reward per step, averaged over the agent's last ten episodes
+    mean_task_reward: float = float("nan")  # task reward per step, of the policy's own last ten episodes
     states: Tensor | None = None  # float64 [N, 2, S]: simulator state before each segment's first action
     context: tuple[Segments, Segments] | None = None  # the same pairs with extra steps before and after (SURF's crops)
     fresh: Tensor | None = None  # bool [N]: the pair is about the present policy; None: no pair is

@@ -54,6 +54,14 @@ def test_phases_happen_in_their_order_and_the_budget_is_kept(tiny_run: Path) -> 
     assert evaluations == [0, 250, 500, 600], "the last evaluation is at the end"
 
 
+def test_an_evaluation_that_came_late_does_not_put_off_the_next(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "eval.every=100", "eval.episodes=1")
+    loop.agent.num_timesteps = 130  # a session took steps
+    loop._evaluate()
+    assert loop.due.eval == 200
+    loop.release()
+
+
 @pytest.mark.parametrize(
     ("schedule", "counts"),
     [("constant", [10, 10, 10]), ("decay", [10, 5, 1]), ("increase", [9, 19, 40])],
@@ -212,6 +220,20 @@ def test_episodes_of_another_actor_are_not_among_the_recent_ones(tmp_path: Path)
     loop.session.rollout(dict(loop.agent.actor.named_parameters()), 120)
     assert rollouts.ended == count + 2
     assert rollouts.since_episodes(6, 10) == before, "the rest of what they began is one more"
+
+
+def test_what_is_said_of_the_present_policy_is_not_said_of_another_actor(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "query.recent_episodes=2")
+    rollouts, diary = loop.parts.rollouts, loop.diary
+    loop.agent.collect(220, updates=0)
+    finished, paid = list(rollouts.finished), diary._over_optimisation()["reward/true_per_step"]
+    assert diary._present() == 120, "feedback.every=100"
+    loop.session.rollout(dict(loop.agent.actor.named_parameters()), 160)
+    rollouts.task_rewards[220:380] = 1e6
+    assert (diary._present(), list(rollouts.finished)) == (120, finished)
+    assert diary._over_optimisation()["reward/true_per_step"] == paid
+    assert loop.questions._choose(Uniform(), 50, 0, False).first.step.max() < 220
+    loop.release()
 
 
 @pytest.mark.parametrize("rule", ["disagreement", "uniform"])
