@@ -141,9 +141,9 @@ def meta_world() -> Table:
 
 
 def uneven_batches() -> Table:
-    """Loss on the answers around the session whose 225 answers leave one pair over, on Meta-World, 25 a session."""
+    """Loss that is fitted around the session whose 225 answers leave one pair over, on Meta-World, 25 a session."""
     answers = (175, 200, 225, 250, 275)
-    table = [["loss on the answers, nats", "runs", *(f"{count} answers" for count in answers)]]
+    table = [["loss on the answers with the price on size", "runs", *(f"{count} answers" for count in answers)]]
     found: dict[bool, list[list[float]]] = {False: [], True: []}
     for run in find_runs([STORED / "meta-world", STORED / "figure-2"]):
         losses = dict(zip(run.series("feedback/labels")[1], run.series("reward/loss")[1], strict=True))
@@ -377,7 +377,7 @@ def second_term_runs() -> Table:
             "updates with an estimate",
             "cosine of the halves over 0.3: how many, most in a row",
             "Term 2's raw norm over Term 1's",
-            "walker-walk, last five sessions: loss on the answers",
+            "walker-walk, last five sessions: loss on the answers with the price on size",
             "rank correlation with the task's reward: range, median",
         ]
     ]

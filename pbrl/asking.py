@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import numbers
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -72,15 +73,13 @@ def _ask(
     with journal.room_for(query):
         answer = _answered(teacher, query, on_asking, name)
         if isinstance(answer, Answer):
-            _write_down(teacher, query, answer, journal, name)
+            _write_down(teacher, query, answer, journal)
             return answer
     pieces: list[Answer] = []
-    with contextlib.closing(answer):
+    with contextlib.closing(answer), journal.room_for(query, len(query)):
         for pair in range(len(query)):
-            one = query[pair : pair + 1]
-            with journal.room_for(one):
-                pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
-                _write_down(teacher, one, pieces[-1], journal, name)
+            pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
+            _write_down(teacher, query[pair : pair + 1], pieces[-1], journal)
     return _joined(pieces)
 
 
@@ -91,11 +90,29 @@ def _take_over(teacher: Teacher, state: dict[str, Any], journal: AnswerJournal, 
         raise TeacherError(f"teacher {name} cannot go on from its state in {journal.path}: {error}") from error
 
 
-def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal, name: str) -> None:
+def state_of(teacher: Teacher) -> dict[str, Any] | None:
+    """What the teacher remembers, as it comes back from a file: a copy, also of lists that grow while it answers.
+
+    Raises:
+        ValueError: naming the teacher, if that is not plain JSON.
+    """
     try:
-        journal.append(query, answer, teacher.state_dict())
-    except (TypeError, ValueError) as error:
-        raise TeacherError(f"state_dict() of teacher {name} is not plain JSON: {error}") from error
+        state: dict[str, Any] | None = json.loads(json.dumps(teacher.state_dict(), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"state_dict() of teacher {name_of(teacher)} is not plain JSON: {error}; expected numbers, texts, lists "
+            "and tables of them (tensor.tolist() makes one)"
+        ) from error
+    return state
+
+
+def _write_down(teacher: Teacher, query: Query, answer: Answer, journal: AnswerJournal) -> None:
+    try:
+        state = state_of(teacher)
+    except ValueError as error:
+        journal.append(query, answer, None)  # the answer at least is kept
+        raise TeacherError(str(error)) from error
+    journal.append(query, answer, state)
 
 
 def _answered(teacher: Teacher, query: Query, on_asking: Callable[[bool], None], name: str) -> Any:
@@ -125,7 +142,8 @@ def _next_answer(labels: Any, pair: int, pairs: int, on_asking: Callable[[bool],
         raise TeacherError(f"teacher {name} failed on pair {pair} of {pairs}: {error}") from error
     finally:
         on_asking(False)
-    if label is not None and not (type(label) in (int, float) and 0 <= label <= 1):
+    is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)  # numpy's scalars too
+    if label is not None and not (is_number and 0 <= label <= 1):
         raise TeacherError(
             f"teacher {name} yielded {label!r} for pair {pair}; expected a number in [0, 1] "
             "(1 first, 0 second, 0.5 equally good), or None to skip the pair"
@@ -212,13 +230,13 @@ class AnswerJournal:
         return None
 
     @contextlib.contextmanager
-    def room_for(self, query: Query) -> Iterator[None]:
-        """Within the block the disk has room for the answer to this query: a full disk cannot lose it.
+    def room_for(self, query: Query, lines: int = 1) -> Iterator[None]:
+        """Within the block the disk has room for the answer to this query, in `lines` lines: no full disk can lose it.
 
         The room is zeros at the end of the file; those of a killed run are cut off like a torn line.
         """
         try:
-            self._write(b"\0" * (ROOM + ROOM_PER_PAIR * len(query)))
+            self._write(b"\0" * (ROOM * lines + ROOM_PER_PAIR * len(query)))
             yield
         finally:
             with open_in_place(self.path) as file:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
-from pbrl.asking import TeacherError, ask, check_answer
+from pbrl.asking import TeacherError, ask, check_answer, state_of
 from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.questions import Questions
@@ -46,6 +45,7 @@ class Dialogue:
 
         Raises:
             BrokenOff, TeacherError: the teacher is as before; `pending` holds the questions.
+            ValueError: if what the teacher remembers cannot be stored; it has not been asked.
         """
         if not self.questions.left:  # imported answers may have used the budget up
             return {}
@@ -83,7 +83,7 @@ class Dialogue:
         teacher = self.parts.teacher
         if self.stop():
             raise BrokenOff
-        before = copy.deepcopy(teacher.state_dict())  # it may be the teacher's own lists, which grow while it answers
+        before = state_of(teacher)
         try:
             return ask(teacher, query, self.parts.journal, self.on_asking)
         except (TeacherError, KeyboardInterrupt) as error:

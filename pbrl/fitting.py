@@ -30,25 +30,25 @@ def answer_loss(
     labels: Tensor,
     kept: tuple[Tensor, Tensor] | None = None,
     shrink: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of one member on B answered pairs, as `MemberLoss` returns it.
 
     Args:
         labels: in [0, 1], float32 [B].
         kept: the steps of each first and second segment that count, bool [B, H] each, or [kB, H]: k times other steps
             of the same pairs; None: all.
-        shrink: times the mean squared reward of a step, added to the loss.
+        shrink: times the mean squared reward of a step is the price.
     """
     device = reward.device
     left, right = (reward.member(member, s.obs.to(device), s.actions.to(device)) for s in (first, second))
-    size = shrink * (left.square().mean() + right.square().mean()) if shrink else 0.0
+    price = shrink * (left.square().mean() + right.square().mean()) if shrink else torch.zeros(())
     labels = labels.to(device)
     if kept is not None:
         pieces = len(kept[0]) // len(left)
         left, right, labels = left.repeat(pieces, 1), right.repeat(pieces, 1), labels.repeat(pieces)
         left, right = left * kept[0].to(device), right * kept[1].to(device)
     hits, decided = correct(preference_logits(left.detach(), right.detach()), labels)
-    return bradley_terry_loss(left, right, labels) + size, hits, decided
+    return bradley_terry_loss(left, right, labels), hits, decided, price
 
 
 def crops(count: int, steps: int, shortest: int, longest: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,12 @@ def crops(count: int, steps: int, shortest: int, longest: int, rng: np.random.Ge
 
 
 class MemberLoss(Protocol):
-    """Mean loss of one member on the pairs at `index`: (loss [], right answers [], decided labels [])."""
+    """Mean loss of one member on the pairs at `index`: (loss [], right answers [], decided labels []).
 
-    def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]: ...
+    What comes after them, [] each, is added to the loss that is trained on but is no part of the one that is logged.
+    """
+
+    def __call__(self, member: int, index: np.ndarray) -> tuple[Tensor, ...]: ...
 
 
 def train_epochs(
@@ -106,7 +109,7 @@ def train_epochs(
             have `batch_size` (B-Pref). A last step of one pair then moves the networks as far as one of 32.
 
     Returns:
-        reward/loss (nats per pair and member, last epoch), reward/accuracy, reward/epochs, reward/steps.
+        reward/loss (last epoch, nats per pair and member, no prices), reward/accuracy, reward/epochs, reward/steps.
     """
     members = range(len(reward.members))
     mean_loss, accuracy, epoch, steps = float("nan"), float("nan"), 0, 0
@@ -126,8 +129,8 @@ def train_epochs(
             for m in members:
                 index = orders[m][start:end]
                 for block in (index[i : i + BLOCK_PAIRS] for i in range(0, len(index), BLOCK_PAIRS)):
-                    value, right, counted = loss(m, block)
-                    (value * (len(block) / len(index))).backward()  # gradients add up to the whole's
+                    value, right, counted, *prices = loss(m, block)
+                    (sum(prices, value) * (len(block) / len(index))).backward()  # gradients add up to the whole's
                     losses += value.detach().cpu() * len(block)
                     hits += right.cpu()
                     decided += counted.cpu()
@@ -265,7 +268,7 @@ class Fitting:
         shrink = self.shrink * (steps / 50) ** 2
         size = len(preferences) if rows is None else len(rows)
 
-        def loss(member: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        def loss(member: int, index: np.ndarray) -> tuple[Tensor, ...]:
             chosen = index if rows is None else rows[index]
             kept = self.random_pieces(len(index) * self.pieces, steps, first.length, rng)
             answers = labels[torch.from_numpy(chosen)]

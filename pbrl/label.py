@@ -2,8 +2,8 @@
 
     python -m pbrl.label RUN                   the pairs that a run has stored, asked again of people
     python -m pbrl.label FILE.npz              the same of an exported file
-    python -m pbrl.label RUN --out LABELS.npz  where the answers go
-    python -m pbrl.label RUN --trust my_env    an environment of your own
+    python -m pbrl.label RUN --out LABELS.npz  where the answers go (else to RUN/labels.npz, FILE-people.npz)
+    python -m pbrl.label RUN --trust my_env    an environment of your own (of a file alike)
 
 The page is that of `teacher=human`. What was answered is kept beside the output (OUT.sqlite3), so the same command goes
 on where it stopped; OUT is written at the end and on Ctrl-C, and `import_preferences=OUT` starts a run from it.
@@ -24,25 +24,33 @@ from omegaconf import OmegaConf
 from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.command import look_here
 from pbrl.launch.configuration import CONF, ConfigError, check_arguments, options, register_resolvers
+from pbrl.launch.constructors import check_stored
 from pbrl.launch.shipped import described
 from pbrl.launch.stored import read_config, refuse_links
-from pbrl.preferences import FILE_NAME, Preferences
+from pbrl.preferences import FILE_NAME, Preferences, of_run
 from pbrl.types import Query
+
+STORE = ".sqlite3"  # of what was answered: OUT with this behind it
 
 
 def environment(source: Path, name: str | None, stored: Preferences, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """Config of the environment in which clips are drawn: the run's, or the option that the file names.
+    """Config of the environment in which clips are drawn: the run's, the file's, or the option of this name.
 
     Args:
+        name: None: the source's own; of a file without a config (an older one) the option that it names.
         trust: see `pbrl.launch.stored.read_config`.
 
     Raises:
-        ConfigError: if there is none of this name, or the run's config may not name it.
+        ConfigError: if there is none of this name, or the stored config may not name it.
     """
     if source.is_dir() and name is None:
         cfg, _ = read_config(source, trust, ["env"])
         check_arguments("env", cfg.env)
         return dict(OmegaConf.to_container(cfg.env, resolve=True))  # type: ignore[arg-type]
+    if name is None and (env := stored.about.get("env_config")):
+        check_stored({"env": env}, source, trust)
+        check_arguments("env", OmegaConf.create(env))
+        return dict(env)
     name = name or str(stored.about.get("env"))
     if name not in options("env"):
         raise ConfigError(f"--env={name}; expected one of {', '.join(options('env'))}")
@@ -53,6 +61,24 @@ def words(env: dict[str, Any]) -> str | None:
     """What `teacher=human` says that the robot should do in this environment."""
     teacher = OmegaConf.load(CONF / "teacher" / "human.yaml")
     return OmegaConf.create({"env": env, "teacher": teacher}).teacher.task
+
+
+def place(out: Path | None, source: Path) -> Path:
+    """The file for the labels: `out`, or by default one beside the source.
+
+    Raises:
+        ValueError: if it is the file whose pairs are asked, or one that this command has not written.
+    """
+    if out is None:
+        out = source / "labels.npz" if source.is_dir() else source.with_name(f"{source.stem}-people.npz")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first or name another")
+    if out.exists():
+        if out.samefile(source / FILE_NAME if source.is_dir() else source):
+            raise ValueError(f"--out={out} is the file whose pairs are asked; name another")
+        if not out.with_name(out.name + STORE).exists():
+            raise ValueError(f"--out={out} exists, and no {out.name}{STORE} beside it: name another or delete it first")
+    return out
 
 
 def questions(stored: Preferences) -> Query:
@@ -83,23 +109,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pbrl.label", description="Label pairs without training.")
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run directory, or preferences (.npz)")
-    parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: labels.npz beside the source)")
+    parser.add_argument("--out", type=Path, help="file for the labels, .npz (default: RUN/labels.npz, FILE-people.npz)")
     parser.add_argument("--task", help="what the robot should do, in words (default: those of teacher=human)")
-    parser.add_argument("--env", help="option of the environment, if the file does not name it")
+    parser.add_argument("--env", help="option of the environment, in place of the stored one")
     parser.add_argument("--reviews", type=int, default=1, help="answers by different people per pair")
     parser.add_argument("--repeats", type=float, default=0.05, help="share of answers asked again, sides swapped")
     parser.add_argument("--host", default="localhost", help="another address lets others in who have the token")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
-    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the run's config may name")
+    parser.add_argument("--trust", nargs="*", default=[], help="modules of your own that the stored config may name")
     given = parser.parse_args(arguments)
     look_here()
     register_resolvers()
     try:
         if given.source.is_dir():
             refuse_links(given.source)
-        stored = Preferences.load(given.source / FILE_NAME if given.source.is_dir() else given.source)
+        stored = of_run(given.source) if given.source.is_dir() else Preferences.load(given.source)
         query = questions(stored)
-        out = given.out or (given.source if given.source.is_dir() else given.source.parent) / "labels.npz"
+        out = place(given.out, given.source)
         env = environment(given.source, given.env, stored, given.trust)
         teacher = HumanTeacher(
             env,
@@ -110,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             port=given.port,
         )
         teacher.trains = False
-        teacher.open(out.parent, stored.length, out.name + ".sqlite3")
-    except (OSError, ValueError) as error:
+        teacher.open(out.parent, stored.length, out.name + STORE)
+    except (OSError, ValueError, RecursionError) as error:  # the last: tables nested without end
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     complete = False
@@ -134,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _until_answered(teacher: HumanTeacher, query: Query) -> None:
-    """Ask, and say how far people are, until all is answered."""
+    """Ask, and say how far people are, until all is answered and nothing can be undone any more."""
     from tqdm import tqdm
 
     teacher.post(query)
@@ -145,7 +171,6 @@ def _until_answered(teacher: HumanTeacher, query: Query) -> None:
             bar.refresh()
             teacher.watch({"env_step": 0})
             time.sleep(0.5)
-    time.sleep(teacher.undo_seconds)
 
 
 if __name__ == "__main__":

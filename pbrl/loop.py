@@ -21,12 +21,14 @@ from pbrl.agent.exploration import StateEntropy
 from pbrl.agent.sac import PreferenceSAC
 from pbrl.asking import TeacherError
 from pbrl.dialogue import BrokenOff, Dialogue
+from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.questions import Questions
 from pbrl.records import run_state
 from pbrl.records.checkpoint import StepLog, begun, load_latest, non_finite
 from pbrl.records.diary import Diary
 from pbrl.records.evaluation import OracleCurve
+from pbrl.records.loggers import numbers
 from pbrl.schedule import NEVER, Due, Evaluation, Feedback, Pretraining
 from pbrl.session import AgentSession
 
@@ -139,7 +141,7 @@ class Loop:
         return pay(members, self.step) if self.agent.weight is None else pay.apart(members)
 
     def _act(self) -> None:
-        self.agent.replay_buffer.hybrid = bool(self.questions.left)
+        self.agent.replay_buffer.hybrid = self.asks and bool(self.questions.left)
         until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps, self._next_session())
         if self.asks:
             until = min(until, self.due.between)
@@ -189,7 +191,8 @@ class Loop:
         if not len(parts.preferences):
             return {}
         metrics = parts.reward.pretrain(self.session)
-        metrics |= parts.updater.update(parts.reward, parts.preferences, self.session)
+        told = parts.updater.update(parts.reward, parts.preferences, self.session)
+        metrics |= numbers(told, f"updater {name_of(parts.updater)}")
         if found := non_finite(parts.reward.state_dict()):
             raise FloatingPointError(f"the learned reward diverged in session {self.sessions}: {found} is not finite")
         self.agent.replay_buffer.relabel(self._pay)
@@ -217,13 +220,15 @@ class Loop:
     def _between_sessions(self) -> None:
         """What some updaters do while questions are left, beside the sessions; then the replay is paid anew."""
         parts = self.parts
-        metrics = parts.updater.between(parts.reward, parts.preferences, self.session)
+        told = parts.updater.between(parts.reward, parts.preferences, self.session)
+        metrics = numbers(told, f"updater {name_of(parts.updater)}")
         self.agent.replay_buffer.relabel(self._pay)
         self.due.between = self._next_between()
         self.diary.log(metrics)
 
     def _evaluate(self) -> None:
-        following = self.step + self.evaluation.every
+        every = self.evaluation.every
+        following = (self.step // every + 1) * every  # sessions take steps: one may have come late
         self.due.eval = following if self.step >= self.total_steps else min(following, self.total_steps)
         self.due.evaluated = self.step
         self.diary.evaluate(learned=self.asks and self.pretrained)

@@ -16,7 +16,7 @@ about; the margins are there if the run kept them (SURF's temporal crops need th
     session        int64 [N]                    the feedback session in which the pair was asked
     steps          int64 [N, 2]                 index, in its run, of the first of the H steps; −1 unknown
     fresh          bool [N]                     the pair was about the policy of its session
-    metadata       JSON: format, version, pairs, asked, horizon, versions, about (env, teacher, …)
+    metadata       JSON: format, version, pairs, asked, horizon, versions, about (env, env_config, teacher, …)
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ COLUMNS: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
 }
 OPTIONAL = {"raw_actions", "states"}
 TIMED = ("obs", "actions", "raw_actions")  # columns with an axis of steps
+TASK = ("_target_", "domain", "task", "id")  # keys of an environment's config that say what is to be done
 
 Columns = dict[str, Tensor]
 
@@ -65,8 +66,9 @@ class Preferences:
     them removes them from the whole store (margins shrink to the narrowest), as `Query.cat` does.
 
     Args:
-        about: plain JSON values describing where the pairs come from; `env` and `teacher` are looked at when data
-            sets are joined. Written to the file.
+        about: plain JSON values describing where the pairs come from; `env` (the option's name), `env_config` (its
+            table, in which clips can be drawn) and `teacher` are looked at when data sets are joined. Written to the
+            file.
     """
 
     def __init__(self, about: Mapping[str, Any] | None = None) -> None:
@@ -190,11 +192,13 @@ class Preferences:
         """Add all pairs of another store; they keep their session numbers, but are about no step of this run.
 
         Raises:
-            ValueError: if the environments, segment lengths or sizes differ.
+            ValueError: if the environments or their tasks, segment lengths or sizes differ.
         """
-        envs = self.about.get("env"), other.about.get("env")
-        if None not in envs and envs[0] != envs[1]:
-            raise ValueError(f"these preferences are about env {envs[0]!r}, those to add about {envs[1]!r}")
+        added = _task(other.about)
+        for key, mine in _task(self.about).items():
+            theirs = added[key]
+            if isinstance(mine, str) and isinstance(theirs, str) and mine != theirs:
+                raise ValueError(f"these preferences are about {key} {mine!r}, those to add about {theirs!r}")
         if other._columns:
             rows = {name: other._column(name) for name in other._columns}
             elsewhere = {"steps": torch.full_like(rows["steps"], -1), "fresh": torch.zeros_like(rows["fresh"])}
@@ -300,6 +304,12 @@ class Preferences:
                 raise ValueError(f"{path} is not an intact preference data set: {printable(error)}") from error
 
 
+def _task(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What says which task a store is about, by its key in a config; None where the store does not say it."""
+    config = about.get("env_config", {})
+    return {"env": about.get("env"), **{f"env.{key}": config.get(key) for key in TASK}}
+
+
 def _pairs(query: Query) -> Columns:
     """The query's columns, with the margins of its context if it has one."""
     sides = query.context or (query.first, query.second)
@@ -368,6 +378,19 @@ def _tensor(name: str, array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
+def of_run(run_dir: Path) -> Preferences:
+    """The answered pairs of a run.
+
+    Raises:
+        FileNotFoundError: if it is none, or has none yet. ValueError: see `Preferences.load`.
+    """
+    if not (run_dir / FILE_NAME).is_file():
+        if not (run_dir / "config.yaml").is_file():
+            raise FileNotFoundError(f"{run_dir}: there is no run (no config.yaml in it)")
+        raise FileNotFoundError(f"{run_dir} has no answers yet: its checkpoints write {FILE_NAME} once it has")
+    return Preferences.load(run_dir / FILE_NAME)
+
+
 def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The checked metadata of a state."""
     if "metadata" not in arrays:
@@ -382,6 +405,9 @@ def _metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             raise ValueError(f"metadata {name} is {metadata.get(name)!r}; expected a count")
     if not isinstance(metadata.get("about"), dict):
         raise ValueError("metadata about is not a table")
+    config = metadata["about"].get("env_config", {"_target_": ""})
+    if not isinstance(config, dict) or not isinstance(config.get("_target_"), str):
+        raise ValueError("metadata about.env_config is not a table with a _target_")
     return metadata
 
 
@@ -440,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "export":
-            _write(Preferences.load(options.run / FILE_NAME), options.out)
+            _write(of_run(options.run), options.out)
         elif options.command == "merge":
             _write(merge([Preferences.load(file) for file in options.files]), options.out)
         else:

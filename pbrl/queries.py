@@ -93,7 +93,9 @@ class Uniform(QueryRule):
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
     ) -> np.ndarray:
-        return np.arange(count)
+        if count == len(candidates):
+            return np.arange(count)
+        return rng.choice(len(candidates), count, replace=False)  # they may come in an order, the best ones first
 
 
 def disagreement(candidates: Query, reward: RewardEnsemble) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.queries import QueryRule, Uniform, most_novel, most_rewarded
 from pbrl.schedule import Feedback
@@ -72,10 +73,10 @@ class Questions:
         """This session's questions; updaters that want fresh pairs get the present policy rolled out before.
 
         Those about everything kept come first, then those about the present policy: its fresh steps and branches.
-        The first session, and those after it until one has an answer, ask about everything seen so far (`first`):
-        before any reward there is no policy to be fresh about, what pretraining has visited covers more, and a rule
-        could only choose by a reward that knows nothing yet. So does a later one if no segment fits into its fresh
-        steps because an episode ended within them.
+        The first session, and those after it until one has an answer, ask about everything seen so far (`first`), or
+        the last `query.recent_episodes` of it: before any reward there is no policy to be fresh about, what pretraining
+        has visited covers more, and a rule could only choose by a reward that knows nothing yet. So does a later one if
+        no segment fits into its fresh steps because an episode ended within them.
         """
         parts, session, feedback = self.parts, self.session, self.feedback
         count = self.count(parts.agent.num_timesteps) - outstanding
@@ -103,11 +104,14 @@ class Questions:
         if episodes is not None:
             other_since = since if parts.query.against_kept else None
             since = max(since, parts.rollouts.since_episodes(episodes, length + 2 * margin))
-        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since)
+        own = episodes is not None and len(parts.rollouts.starts(length + 2 * margin, since, own=True)) > 0
+        candidates = parts.rollouts.query(count * rule.pool, length, self.rng, since, margin, other_since, own)
         picks, left = np.empty(0, np.int64), np.arange(len(candidates))
 
         def by_rule(among: np.ndarray, number: int) -> np.ndarray:
-            return among[rule(candidates[among], number, parts.reward, parts.preferences, self.rng)]
+            chosen = np.asarray(rule(candidates[among], number, parts.reward, parts.preferences, self.rng))
+            _check_picks(chosen, number, len(among), rule)
+            return among[chosen]
 
         if len(parts.preferences):  # before, nothing is known that could be novel, and the reward knows nothing
             if rule.novel_share:
@@ -119,6 +123,27 @@ class Questions:
                 picks = np.concatenate([picks, by_rule(among, best)])
                 left = np.setdiff1d(left, picks)
         return _marked(candidates[np.concatenate([picks, by_rule(left, count - len(picks))])], fresh)
+
+
+def _check_picks(picks: np.ndarray, number: int, candidates: int, rule: QueryRule) -> None:
+    """Refuse other picks of a query rule than so many different candidates.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    if picks.shape != (number,):
+        found = f"of shape {list(picks.shape)}"
+    elif number and not np.issubdtype(picks.dtype, np.integer):
+        found = f"of {picks.dtype}"
+    elif len(np.unique(picks)) < number:
+        found = "some of them twice"
+    elif number and not (picks.min() >= 0 and picks.max() < candidates):
+        found = f"from {picks.min()} to {picks.max()}"
+    else:
+        return
+    raise ValueError(
+        f"query {name_of(rule)} returned indices {found}; expected {number} different ones from 0 to {candidates - 1}"
+    )
 
 
 def _marked(query: Query, fresh: bool) -> Query:

@@ -38,6 +38,9 @@ class Rollouts:
         self.total = 0  # steps ever added; step i lies at i % capacity
         self.episodes = 0  # index of the episode now running
         self.asides: deque[int] = deque()  # indices, ascending, at which no episode of the policy's own began
+        self.others: deque[int] = deque()  # of those, another policy's
+        self.another = False  # policy acts at present
+        self.mixed = False  # another policy acted in the running episode too
         self.ended = 0  # counted episodes, since this object was made
         self.running_return = 0.0
         self.running_length = 0
@@ -68,32 +71,38 @@ class Rollouts:
         if counted:
             self.running_return += float(task_reward)
             self.running_length += 1
+            self.mixed |= self.another
         if done:
             self.interrupt()
             if counted:
                 self.ended += 1
-                self.finished.append((self.running_return, self.running_length))
-                self.running_return, self.running_length = 0.0, 0
+                if not self.mixed:
+                    self.finished.append((self.running_return, self.running_length))
+                self.running_return, self.running_length, self.mixed = 0.0, 0, False
 
     def interrupt(self) -> None:
         """What follows does not continue what was before: no segment may reach across."""
         self.episodes += 1
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """The steps taken within, of a branch or another policy, are no episode of the policy's own.
+    def aside(self, another: bool = False) -> Iterator[None]:
+        """The steps taken within, of a branch or (`another`) of another policy, are no episode of the policy's own.
 
         What follows is one only if they ended the one before; else it is the rest of that.
         """
         first, ended = self.episodes + 1, self.ended
         self.interrupt()
+        self.another = another
         try:
             yield
         finally:
+            self.another = False
             self.interrupt()
             self.asides.extend(range(first, self.episodes + (self.ended == ended)))
-            while self.asides and self.asides[0] < self._oldest:
-                self.asides.popleft()
+            self.others.extend(range(first, self.episodes) if another else ())
+            for indices in (self.asides, self.others):
+                while indices and indices[0] < self._oldest:
+                    indices.popleft()
 
     @property
     def _oldest(self) -> int:
@@ -102,38 +111,47 @@ class Rollouts:
 
     @property
     def mean_task_reward(self) -> float:
-        """Task reward per step, averaged over the last ten finished episodes; NaN before the first has finished."""
+        """Task reward per step, averaged over the policy's last ten finished episodes; NaN before the first has."""
         steps = sum(length for _, length in self.finished)
         return sum(total for total, _ in self.finished) / steps if steps else float("nan")
 
-    def starts(self, length: int, since: int = 0) -> np.ndarray:
+    def starts(self, length: int, since: int = 0, own: bool = False) -> np.ndarray:
         """Every step index (counted from the first step ever) at which `length` steps of one episode begin: int64 [K].
 
-        The last legal start of an episode of T steps is T − length: the last step can be shown.
+        The last legal start of an episode of T steps is T − length: the last step can be shown. `own`: not those of
+        another policy.
         """
         first = np.arange(max(since, self.total - self.capacity, 0), self.total - length + 1)
-        return first[self.episode[first % self.capacity] == self.episode[(first + length - 1) % self.capacity]]
+        episode = self.episode[first % self.capacity]
+        legal = episode == self.episode[(first + length - 1) % self.capacity]
+        return first[legal & ~np.isin(episode, self.others)] if own else first[legal]
+
+    def since_steps(self, count: int) -> int:
+        """Index of the first of the policy's own last `count` steps, or of the first that is kept."""
+        own = self.starts(1, own=True)
+        return int(own[-count:][0]) if count and len(own) else self.total
 
     def since_episodes(self, count: int, length: int) -> int:
         """Index of the first kept step of the policy's own last `count` episodes (the running one included).
 
-        More of them if else no `length` steps of one episode were among them: the running one may have just begun.
+        More of them if else no `length` steps of one episode of its own were among them: the running one may have just
+        begun.
         """
         kept = np.arange(max(self.total - self.capacity, 0), self.total)
         own = np.setdiff1d(np.arange(self._oldest, self.episodes + 1), self.asides)
         before = int(own[-count]) - 1 if count <= len(own) else -1
-        if len(long_enough := self.starts(length)):
+        if len(long_enough := self.starts(length, own=True)):
             before = min(before, int(self.episode[long_enough[-1] % self.capacity]) - 1)
         recent = kept[self.episode[kept % self.capacity] > before]
         return int(recent[0]) if len(recent) else self.total
 
-    def steps(self, since: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the kept steps from step index `since` on, evenly spaced ones, `most` at the most.
+    def steps(self, since: int, most: int, own: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the kept steps (`own`: the policy's) from step index `since` on, evenly spaced ones, `most` at the most.
 
         Returns:
             Observations [N, obs_dim], actions [N, act_dim] and task rewards [N], float32.
         """
-        kept = np.arange(max(since, self.total - self.capacity, 0), self.total)
+        kept = self.starts(1, since, own)
         index = kept[:: -(-len(kept) // most) or 1] % self.capacity
         return self.obs[index], self.actions[index], self.task_rewards[index]
 
@@ -147,8 +165,8 @@ class Rollouts:
             torch.from_numpy(np.array(starts, np.int64)),
         )
 
-    def _draw(self, count: int, length: int, rng: np.random.Generator, since: int) -> np.ndarray:
-        legal = self.starts(length, since)
+    def _draw(self, count: int, length: int, rng: np.random.Generator, since: int, own: bool = False) -> np.ndarray:
+        legal = self.starts(length, since, own)
         if len(legal) == 0:
             raise ValueError(
                 f"no stored episode has {length} steps since step {since} ({self.total} steps stored so far); "
@@ -171,15 +189,17 @@ class Rollouts:
         since: int = 0,
         margin: int = 0,
         other_since: int | None = None,
+        own: bool = False,
     ) -> Query:
         """`count` uniformly drawn pairs as a `Query`, `margin` extra steps kept on both sides as its context.
 
-        Both segments begin at step index `since` or later; if `other_since` is given, only one of them does, the first
-        or the second by chance, and the other begins there or later.
+        Both segments begin at step index `since` or later and are (`own`) the policy's; if `other_since` is given, only
+        one of them does and is, the first or the second by chance, and the other begins there or later.
         """
         wide = length + 2 * margin
-        first = self._draw(count, wide, rng, since)
-        second = self._draw(count, wide, rng, since if other_since is None else other_since)
+        first = self._draw(count, wide, rng, since, own)
+        lately = (since, own) if other_since is None else (other_since, False)
+        second = self._draw(count, wide, rng, *lately)
         if other_since is not None:
             swap = rng.random(count) < 0.5
             first, second = np.where(swap, second, first), np.where(swap, first, second)
@@ -217,6 +237,8 @@ class Rollouts:
             "total": self.total,
             "episodes": self.episodes,
             "asides": list(self.asides),
+            "others": list(self.others),
+            "mixed": self.mixed,
             "running_return": self.running_return,
             "running_length": self.running_length,
             "finished": [list(item) for item in self.finished],
@@ -226,5 +248,6 @@ class Rollouts:
         """Restore what `state` returned."""
         self.total, self.episodes = state["total"], state["episodes"]
         self.asides = deque(state.get("asides", ()))  # before, branches were counted as episodes
+        self.others, self.mixed = deque(state.get("others", ())), state.get("mixed", False)  # not before version 0.2
         self.running_return, self.running_length = state["running_return"], state["running_length"]
         self.finished = deque(((total, length) for total, length in state["finished"]), maxlen=10)

@@ -62,7 +62,7 @@ class AgentSession:
 
     def rollout(self, theta: Params, steps: int) -> list[Segments]:
         start = self.rollouts.total
-        with self.rollouts.aside(), self.agent.acting_with(theta):
+        with self.rollouts.aside(another=True), self.agent.acting_with(theta):
             self._collect(steps)
         return self.rollouts.episodes_between(start, self.rollouts.total)
 

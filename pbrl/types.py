@@ -7,7 +7,7 @@ Labels follow PARL (Chakraborty et al., ICLR 2024, eq. 6): **1 means the first s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +96,7 @@ class Query:
     first: Segments
     second: Segments
     task_rewards: Tensor  # float32 [N, 2, H], for simulated teachers only
-    mean_task_reward: float = float("nan")  # task reward per step, averaged over the agent's last ten episodes
+    mean_task_reward: float = float("nan")  # task reward per step, of the policy's own last ten episodes
     states: Tensor | None = None  # float64 [N, 2, S]: simulator state before each segment's first action
     context: tuple[Segments, Segments] | None = None  # the same pairs with extra steps before and after (SURF's crops)
     fresh: Tensor | None = None  # bool [N]: the pair is about the present policy; None: no pair is
@@ -172,7 +172,7 @@ class Teacher(ABC):
     """
 
     @abstractmethod
-    def __call__(self, query: Query) -> Answer:
+    def __call__(self, query: Query) -> Answer | Iterator[float | None]:
         """One answer for each pair. What it raises stops the run after saving; the query is put again on resume.
 
         It may instead be a generator that yields one label a pair, in [0, 1] or None to skip: each is on the disk
@@ -276,13 +276,13 @@ class PolicyView(Protocol):
         """log π_theta(raw | obs), float32 [...], in nats, differentiable in theta."""
 
     def critic_parameters(self) -> Params:
-        """The twin critics' parameters, copied and detached."""
+        """The critics' parameters, copied and detached; C of them, two as a rule."""
 
     def q_values(self, critic: Params, obs: Tensor, actions: Tensor) -> Tensor:
-        """Both critics' values, float32 [2, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
+        """All critics' values, float32 [C, B], at obs [B, obs_dim] and squashed actions [B, act_dim]."""
 
     def critic_features(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """What the critics' last layers are linear in, their bias included: float32 [2, B, D], without gradients."""
+        """What the critics' last layers are linear in, their bias included: float32 [C, B, D], without gradients."""
 
     def next_value(self, next_obs: Tensor, noise: Tensor) -> Tensor:
         """Target critics' soft value of next_obs, float32 [B]; noise: standard normal [B, act_dim]."""

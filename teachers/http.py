@@ -10,6 +10,7 @@ Reply (200), one answer per pair: 1 first, 0 second, 0.5 equally good (or anythi
     {"answers": [1, 0, 0.5, null]}
 
 Equal pairs make equal ids, so a server can answer a repeated request from memory. Task rewards are never sent.
+With PBRL_TEACHER_TOKEN=… in the environment each request has the header `Authorization: Bearer …`.
 `python -m teachers.example_server` is a server to start from.
 """
 
@@ -23,27 +24,29 @@ import io
 import json
 import logging
 import math
+import os
 import queue
+import re
 import reprlib
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pbrl.files import printable
-from pbrl.types import Answer, Query, Segments, Teacher
+from pbrl.types import Query, Segments, Teacher
 
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = 65_536  # of all of a reply's headers
+TOKEN = "PBRL_TEACHER_TOKEN"  # environment variable: sent as `Authorization: Bearer …`, and stored nowhere
 
 # state float64 [S], actions float32 [H, act_dim], numbers of steps taken, ascending in [0, H] -> as many pictures
 Render = Callable[[np.ndarray, np.ndarray, Sequence[int]], list[np.ndarray]]  # uint8 [height, width, 3] each
@@ -78,11 +81,11 @@ class Renderer:
 class HTTPTeacher(Teacher):
     """Asks a server. Slow, missing and failing (5xx, 429) servers are retried with growing pauses.
 
-    A query is sent in parts. If the server dies in the middle, the parts already answered stay in `state_dict`, and
-    asking the same query again sends only the others.
+    A query is sent in parts, and what is answered is yielded at once: `pbrl.asking.ask` writes it down before the next
+    part is sent, so that neither a kill nor a server that dies in the middle loses it.
 
     Args:
-        url: where to post, http or https.
+        url: where to post, http or https; a password is no part of it, see `TOKEN`.
         timeout: seconds for one reply, start to end.
         retries: attempts after the first.
         backoff: seconds before the first retry; doubled at each further one, up to a minute.
@@ -101,8 +104,21 @@ class HTTPTeacher(Teacher):
         frames: int = 0,
         render: Render | None = None,
     ) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        target = urlsplit(url)
+        if target.scheme not in ("http", "https") or not target.hostname:
             raise ValueError(f"url is {url!r}; expected http://HOST:PORT/PATH or https://…")
+        if "@" in target.netloc:
+            raise ValueError(
+                f"url is …@{target.hostname}…; expected no password in it, which would be stored: set {TOKEN}"
+            )
+        if not re.fullmatch(r"[!-~]+", url):
+            raise ValueError(
+                f"url is {url!r}; expected no spaces and no letters beyond ASCII: percent-encode them (%20)"
+            )
+        if not re.fullmatch(r"[!-~]*", os.environ.get(TOKEN, "")):
+            raise ValueError(f"{TOKEN} has spaces, line ends or letters beyond ASCII; expected a token without them")
+        if frames and render is None:
+            raise ValueError(f"frames={frames}; expected 0, or a renderer as teacher=http-frames has one")
         if timeout <= 0 or retries < 0 or backoff < 0 or pairs_per_request < 1 or frames < 0:
             raise ValueError(
                 f"timeout={timeout}, retries={retries}, backoff={backoff}, pairs_per_request={pairs_per_request}, "
@@ -110,47 +126,29 @@ class HTTPTeacher(Teacher):
             )
         self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
         self.pairs_per_request, self.frames, self.render = pairs_per_request, frames, render
-        self._answered: dict[str, list[float | None]] = {}  # parts of the query that is being asked, by id
-        self._queries = 0  # answered
+        self.needs_states = frames > 0
         self._retried = 0
 
-    def __call__(self, query: Query) -> Answer:
-        """The server's answers.
+    def __call__(self, query: Query) -> Iterator[float | None]:
+        """The server's answers, pair by pair; None: skipped.
 
         Raises:
             HTTPTeacherError: naming the url and, for a malformed answer, the pair and the value.
         """
         self._retried = 0
-        answers: list[float | None] = []
         for start in range(0, len(query), self.pairs_per_request):
-            answers += self._ask(query[start : start + self.pairs_per_request], start)
-        self._answered = {}
-        self._queries += 1
-        labels = [0.5 if answer is None else answer for answer in answers]
-        return Answer(torch.tensor(labels, dtype=torch.float32), torch.tensor([a is not None for a in answers]).bool())
+            yield from self._ask(query[start : start + self.pairs_per_request], start)
 
     def metrics(self) -> dict[str, float]:
         """`teacher/http_retries`: attempts repeated during the last query."""
         return {"teacher/http_retries": float(self._retried)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the answered parts of an unfinished query, and how many were finished before it."""
-        return {"answered": dict(self._answered), "queries": self._queries}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; parts of the same query that were answered since are kept, or they would be asked again."""
-        queries = state.get("queries", 0)
-        self._answered = (self._answered if queries == self._queries else {}) | state["answered"]
-        self._queries = queries
-
     def _ask(self, query: Query, start: int) -> list[float | None]:
         """The answers to one part, whose first pair is the `start`-th of the whole query."""
         pairs = self._pairs(query)
         name = hashlib.sha256(pairs.encode()).hexdigest()
-        if name not in self._answered:
-            reply = self._post(f'{{"id": "{name}", "pairs": {pairs}}}'.encode(), limit=4096 + 64 * len(query))
-            self._answered[name] = self._answers(reply, len(query), start)
-        return self._answered[name]
+        reply = self._post(f'{{"id": "{name}", "pairs": {pairs}}}'.encode(), limit=4096 + 64 * len(query))
+        return self._answers(reply, len(query), start)
 
     def _pairs(self, query: Query) -> str:
         """The pairs as JSON."""
@@ -166,10 +164,7 @@ class HTTPTeacher(Teacher):
         ]
         if self.frames:
             if self.render is None or query.states is None:
-                raise HTTPTeacherError(
-                    f"frames={self.frames} needs a renderer (teacher=http-frames has one) and an environment whose "
-                    "simulator states can be stored; teacher.frames=0 sends observations and actions only"
-                )
+                raise HTTPTeacherError(f"frames={self.frames} needs pairs whose simulator states are known")
             moments = np.unique(np.linspace(segments.length, 0, self.frames).round().astype(int)).tolist()
             for segment, state, actions in zip(shown, query.states[:, side], segments.actions, strict=True):
                 pictures = self.render(state.numpy(), actions.numpy(), moments)
@@ -178,7 +173,10 @@ class HTTPTeacher(Teacher):
 
     def _post(self, body: bytes, limit: int) -> bytes:
         """The reply's body, of at most `limit` bytes."""
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
+        headers = {"Content-Type": "application/json"}
+        if token := os.environ.get(TOKEN):
+            headers["Authorization"] = f"Bearer {token}"
+        request = urllib.request.Request(self.url, body, headers, method="POST")
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:

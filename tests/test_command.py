@@ -225,17 +225,18 @@ STRANGE = [
     "12",
     "null",
     "ü",
+    "läufe/日本",
 ]
 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(name: str) -> None:
-    words = shlex.split(train_command(Path(name), ["my_module", "other"]))
+    words = shlex.split(train_command(Path(name), ["my_module", "mödul"]))
     assert words[:3] == ["python", "-m", "pbrl.train"]
     resume, trust = OverridesParser.create().parse_overrides(words[3:])
     assert str(resume.value()).replace("\\${", "${") == name
     assert resume.value() == name or "${" in name
-    assert trust.value() == ["my_module", "other"]
+    assert trust.value() == ["my_module", "mödul"]
     assert shlex.split(evaluate_command(Path(name), ["my_module"], "--video"))[3:] == [
         name,
         "--video",

@@ -211,6 +211,21 @@ def test_over_labels_a_point_is_the_last_score_with_that_many(tmp_path: Path) ->
     np.testing.assert_allclose(curves.by_label[0], [0, 2, 4, 6, 8, 20])
 
 
+def test_a_session_counts_for_the_evaluations_after_it_in_the_log() -> None:
+    evaluated = {"eval/return": 1.0}
+    rows = [{"env_step": 10, "feedback/labels": 5}, {"env_step": 10} | evaluated]  # its own steps ended at step 10
+    rows += [{"env_step": 20} | evaluated, {"env_step": 20, "feedback/labels": 9}, {"env_step": 30} | evaluated]
+    assert Run("", {}, rows, True).labels_at(np.array([10.0, 20, 30, np.inf])).tolist() == [5, 5, 9, 9]
+
+
+def test_a_runs_scores_are_of_its_own_evaluations_whatever_it_is_compared_with(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", score=lambda steps: steps / 1e5)
+    alone = gather(select(find_runs([tmp_path])), tmp_path).curves["walker-walk"]["pebble"]
+    write_run(tmp_path / "b", updater="penalty", steps=np.append(np.arange(0, 100_000, 1300), 100_000))
+    beside = gather(select(find_runs([tmp_path])), tmp_path).curves["walker-walk"]["pebble"]
+    assert (beside.final, beside.area) == (alone.final, alone.area) == (950, 500)
+
+
 def test_samples_to_a_share_of_the_oracle_and_the_ratio_to_pebble(tmp_path: Path) -> None:
     """The oracle's score is 0.8; half of it is reached at 80,000 steps, 30,000 steps and never."""
     for updater, at in (("pebble", 80_000), ("aparl", 30_000), ("surf", np.inf)):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pbrl.agent.exploration import ColoredNoise, StateEntropy, colored_noise, principal_units
 from pbrl.agent.replay import RelabelReplay
 from pbrl.nearest import nearest_distances
+from pbrl.rollouts import Rollouts
 from tests.conftest import finish, point_mass_agent, rows, stopped_and_resumed, tiny_loop
 
 
@@ -167,3 +168,14 @@ def test_the_agent_explores_with_it_and_its_fresh_rollouts_do_not() -> None:
     np.testing.assert_allclose(recorded[:30], first[:30], rtol=1e-6)
     assert not np.isclose(recorded[30:50], first[30:]).any(), "rollouts of the policy as it is"
     np.testing.assert_allclose(recorded[50:], second[:40], rtol=1e-6)
+
+
+def test_a_branch_that_ends_its_episode_leaves_the_noise_as_it_is() -> None:
+    agent = point_mass_agent(net_arch=[8], buffer_size=1000, learning_starts=0, noise_color=1.0)
+    rollouts = Rollouts(1000, *agent.observation_space.shape, *agent.action_space.shape, agent.training_env.state_size)
+    agent.attach(rollouts)
+    agent.train = lambda *given: None  # type: ignore[method-assign]
+    agent.collect(75, updates=1)  # episodes of 50 steps
+    assert agent.colored is not None and agent.colored.used == 25
+    assert agent.branch(rollouts.states[40], 10)
+    assert agent.colored.used == 25, "the episode in progress goes on"

@@ -57,8 +57,9 @@ def test_several_pieces_of_a_pair_count_as_their_mean() -> None:
         answer_loss(reward, 0, first, second, labels, (kept[0][i : i + 6], kept[1][i : i + 6]), shrink=0.2)
         for i in (0, 6, 12)
     ]
-    torch.testing.assert_close(together[0], torch.stack([loss for loss, _, _ in apart]).mean())
-    assert float(together[2]) == sum(float(decided) for _, _, decided in apart) == 15
+    for i in (0, 3):  # the loss and the price on size
+        torch.testing.assert_close(together[i], torch.stack([one[i] for one in apart]).mean())
+    assert float(together[2]) == sum(float(one[2]) for one in apart) == 15
     assert learned_steps(crop=[0.5, 1.0], pieces=4, least_steps=60)[1][0] > 0
 
 
@@ -80,6 +81,11 @@ def test_shrinking_centres_the_rewards() -> None:
     assert shrunk[0] > shrunk[1]
     assert abs(shrunk.mean()) < abs(free.mean())
     assert np.abs(shrunk).max() < np.abs(free).max()
+
+
+def test_the_logged_loss_is_that_of_the_answers_without_the_price_on_size() -> None:
+    free, shrunk = (learned_steps(epochs=1, shrink=shrink)[0]["reward/loss"] for shrink in (0.0, 25.0))
+    assert free == shrunk, "one step: of the networks as they were"
 
 
 @pytest.mark.parametrize("output", ["tanh", "sigmoid"])
@@ -202,7 +208,7 @@ def test_several_pieces_of_a_pair_weigh_as_their_mean() -> None:
     reward, preferences = small_reward(members=1), answered(3, 6)
     kept = crops(4 * 3, 6, 3, 5, np.random.default_rng(0))
     sides, labels = (preferences.first, preferences.second), preferences.prefers_first
-    loss, hits, decided = answer_loss(reward, 0, *sides, labels, kept)
+    loss, hits, decided, _ = answer_loss(reward, 0, *sides, labels, kept)
     each = [answer_loss(reward, 0, *sides, labels, (kept[0][i : i + 3], kept[1][i : i + 3])) for i in (0, 3, 6, 9)]
     assert loss.item() == pytest.approx(np.mean([one[0].item() for one in each]), rel=1e-5)
     assert (int(hits), int(decided)) == (sum(int(one[1]) for one in each), 12)

@@ -253,8 +253,9 @@ def test_an_attack_is_refused_in_a_line_or_does_nothing(
     monkeypatch.setattr(label, "_until_answered", lambda teacher, query: teacher.post(query))
 
     def labelled() -> str | None:
-        said = outcome(lambda: label.main([str(stored), "--out", str(stored / "labels.npz")]), capsys)
-        outcome(lambda: label.main([str(stored / "preferences.npz"), "--env", "pointmass"]), capsys)
+        out = ["--out", str(stored / "labels.npz")]
+        said = outcome(lambda: label.main([str(stored), *out]), capsys)
+        outcome(lambda: label.main([str(stored / "preferences.npz"), "--env", "pointmass", *out]), capsys)
         return said
 
     if "label" in attack:  # before a resumed run writes its pairs anew

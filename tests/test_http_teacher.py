@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import copy
 import io
 import itertools
 import json
@@ -17,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,8 +28,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from envs.pointmass import PointMass
+from pbrl.asking import AnswerJournal, TeacherError, ask
+from pbrl.interfaces import PlainEnvironment
+from pbrl.launch.configuration import ConfigError
 from pbrl.types import Query, Segments
-from teachers.http import HTTPTeacher, HTTPTeacherError
+from teachers.http import TOKEN, HTTPTeacher, HTTPTeacherError
+from tests.conftest import tiny_loop
 
 REWARD = 987.125  # a task reward that must not appear in any request
 
@@ -99,23 +103,24 @@ def teacher(server: Server, **options: Any) -> HTTPTeacher:
     return HTTPTeacher(server.url, **{"timeout": 5.0, "retries": 2, "backoff": 0.01} | options)
 
 
+def labels(asked: HTTPTeacher, pairs: Query) -> list[float | None]:
+    return list(asked(pairs))
+
+
 # When all is well
 
 
 def test_answers_are_read_and_null_skips() -> None:
     with always(answers(1, 0, 0.5, None, 0.25)) as server:
-        answer = teacher(server)(query(5))
-    assert answer.prefers_first.tolist() == [1, 0, 0.5, 0.5, 0.25]
-    assert answer.given.tolist() == [True, True, True, False, True]
-    assert answer.prefers_first.dtype == torch.float32 and answer.given.dtype == torch.bool
+        assert labels(teacher(server), query(5)) == [1, 0, 0.5, None, 0.25]
 
 
 def test_the_request_holds_the_segments_an_id_and_no_task_reward() -> None:
     asked = query(2)
     with always(answers(1, 1)) as server:
-        teacher(server)(asked)
-        teacher(server)(asked)
-        teacher(server)(query(2, states=True)[[1, 0]])
+        labels(teacher(server), asked)
+        labels(teacher(server), asked)
+        labels(teacher(server), query(2, states=True)[[1, 0]])
     same, again, other = server.requests
     assert same.keys() == {"id", "pairs"} and same["pairs"][1].keys() == {"first", "second"}
     assert same["pairs"][1]["first"].keys() == {"obs", "actions"}
@@ -130,12 +135,11 @@ def test_a_long_query_is_sent_in_parts() -> None:
         send(handler, answers(*[number / 10] * len(request["pairs"])))
 
     with Server(reply) as server:
-        answer = teacher(server, pairs_per_request=2)(query(5))
-    assert answer.prefers_first.tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3])
+        assert labels(teacher(server, pairs_per_request=2), query(5)) == [0.1, 0.1, 0.2, 0.2, 0.3]
 
 
 def test_an_empty_query_asks_nobody() -> None:
-    assert len(HTTPTeacher("http://127.0.0.1:1/")(query(0))) == 0
+    assert labels(HTTPTeacher("http://127.0.0.1:1/"), query(0)) == []
 
 
 def pictures(request: Any, pair: int, side: str) -> list[np.ndarray]:
@@ -149,7 +153,7 @@ def test_pictures_are_sent_as_png_evenly_spaced_in_order_of_time() -> None:
 
     with always(answers(1, 1)) as server:
         for frames in (1, 2, 3, 99):
-            teacher(server, frames=frames, render=render)(query(2, states=True))
+            labels(teacher(server, frames=frames, render=render), query(2, states=True))
     shades = [[int(p[0, 0, 0]) for p in pictures(request, 1, "second")] for request in server.requests]
     assert shades == [[33], [30, 33], [30, 32, 33], [30, 31, 32, 33]]  # state 3, after 0 to 3 steps
     assert pictures(server.requests[0], 0, "first")[0].shape == (8, 6, 3)
@@ -173,9 +177,33 @@ def test_the_pictures_are_those_of_the_episode() -> None:
     assert not np.array_equal(seen[0], seen[6])
 
 
-def test_frames_without_a_renderer_or_states_are_an_error_that_helps() -> None:
-    with pytest.raises(HTTPTeacherError, match=r"teacher\.frames=0"):
-        HTTPTeacher("http://127.0.0.1:1/", frames=2)(query(1, states=True))
+def test_pictures_that_cannot_be_taken_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"^frames=2; expected 0, or a renderer"):
+        HTTPTeacher("http://127.0.0.1:1/", frames=2)
+    monkeypatch.setattr("pbrl.launch.build.as_environment", lambda env: PlainEnvironment(env))
+    own = ("teacher.url=http://127.0.0.1:1/", "env.horizon=50")
+    with pytest.raises(ConfigError, match=r"teacher=teachers.http.HTTPTeacher shows clips, .* state can be restored"):
+        tiny_loop(tmp_path / "run", "teacher=http-frames", *own)
+    tiny_loop(tmp_path / "run", "teacher=http", *own).release()
+
+
+def test_a_token_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Authorization"])
+        send(handler, answers(1))
+
+    seen: list[str | None] = []
+    with Server(reply) as server:
+        labels(teacher(server), query(1))
+        monkeypatch.setenv(TOKEN, "s3cret")
+        labels(teacher(server), query(1))
+    assert seen == [None, "Bearer s3cret"]
+    monkeypatch.setenv(TOKEN, "two words\n")
+    with pytest.raises(ValueError, match=f"^{TOKEN} has spaces") as error:
+        teacher(server)
+    assert "two" not in str(error.value)
 
 
 # When it is not
@@ -187,7 +215,7 @@ def test_failing_servers_are_asked_again() -> None:
 
     with Server(reply) as server:
         asked = teacher(server)
-        assert asked(query(1)).prefers_first.tolist() == [1]
+        assert labels(asked, query(1)) == [1]
     assert asked.metrics() == {"teacher/http_retries": 2}
     assert len({request["id"] for request in server.requests}) == 1
 
@@ -196,14 +224,14 @@ def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("teachers.http.time.sleep", pauses.append)
     with always(b"", 503) as server, pytest.raises(HTTPTeacherError, match=r"after 5 attempts: HTTP 503"):
-        teacher(server, retries=4, backoff=10.0)(query(1))
+        labels(teacher(server, retries=4, backoff=10.0), query(1))
     assert pauses == [10, 20, 40, 60]
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404])
 def test_refusals_are_not_repeated(status: int) -> None:
     with always(b"no", status) as server, pytest.raises(HTTPTeacherError, match=f"{server.url} refused.*{status}"):
-        teacher(server)(query(1))
+        labels(teacher(server), query(1))
     assert len(server.requests) == 1
 
 
@@ -212,7 +240,7 @@ def test_a_silent_server_times_out() -> None:
         Server(lambda number, request, handler: time.sleep(0.5)) as server,
         pytest.raises(HTTPTeacherError, match=r"after 2 attempts: no whole reply within 0\.1 s"),
     ):
-        teacher(server, timeout=0.1, retries=1)(query(1))
+        labels(teacher(server, timeout=0.1, retries=1), query(1))
 
 
 def test_a_server_that_drips_times_out() -> None:
@@ -224,7 +252,7 @@ def test_a_server_that_drips_times_out() -> None:
             time.sleep(0.02)
 
     with Server(reply) as server, pytest.raises(HTTPTeacherError, match=r"no whole reply within 0\.2 s"):
-        teacher(server, timeout=0.2, retries=0)(query(1))
+        labels(teacher(server, timeout=0.2, retries=0), query(1))
 
 
 def drip(connection: socket.socket, text: bytes, pause: float, size: int = 1) -> None:
@@ -319,7 +347,7 @@ def test_headers_are_bounded() -> None:
         handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
 
     with Server(reply) as server, pytest.raises(HTTPTeacherError, match="the server sent more than 69696 bytes"):
-        teacher(server)(query(1))
+        labels(teacher(server), query(1))
 
 
 def test_what_a_server_sends_is_escaped_before_it_is_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -330,7 +358,7 @@ def test_what_a_server_sends_is_escaped_before_it_is_shown(caplog: pytest.LogCap
         Server(reply) as server,
         pytest.raises(HTTPTeacherError, match=r"HTTP 500 \\x1b\]0;owned\\x07\\x1b\[2Jx") as error,
     ):
-        teacher(server, retries=1)(query(1))
+        labels(teacher(server, retries=1), query(1))
     for text in (str(error.value), caplog.text.rstrip("\n")):
         assert text.isprintable()
         assert len(text) < 1000
@@ -345,7 +373,7 @@ def test_a_connection_cut_in_the_middle_is_retried() -> None:
         handler.wfile.write(body if number == 2 else body[:4])
 
     with Server(reply) as server:
-        assert teacher(server)(query(1)).prefers_first.tolist() == [1]
+        assert labels(teacher(server), query(1)) == [1]
     assert len(server.requests) == 2
 
 
@@ -358,42 +386,44 @@ def closed_port() -> int:
 def test_a_dead_server_is_an_error_that_says_how_to_go_on() -> None:
     url = f"http://127.0.0.1:{closed_port()}/label"
     with pytest.raises(HTTPTeacherError, match=rf"no answer from {url} after 3 attempts.*refused.*resume=RUN"):
-        HTTPTeacher(url, retries=2, backoff=0.01)(query(1))
+        labels(HTTPTeacher(url, retries=2, backoff=0.01), query(1))
 
 
-def test_answers_of_a_query_cut_short_are_kept() -> None:
+def counting(failing: int) -> Server:
+    """Its n-th reply says n / 10 of each pair, but the one with this number fails."""
+
     def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
-        send(handler, answers(1, 0) if number <= 2 else b"", 200 if number <= 2 else 500)
+        fails = number == failing
+        send(handler, answers(*[number / 10] * len(request["pairs"])), 500 if fails else 200)
 
-    with Server(reply) as server:
+    return Server(reply)
+
+
+def test_answers_of_a_query_cut_short_are_kept(tmp_path: Path) -> None:
+    with counting(3) as server:
         asked = teacher(server, pairs_per_request=2, retries=0)
-        with pytest.raises(HTTPTeacherError):
-            asked(query(6))
-    kept = json.loads(json.dumps(asked.state_dict()))
-    with always(answers(0, 1)) as server:
-        resumed = teacher(server, pairs_per_request=2)
-        resumed.load_state_dict(kept)
-        assert resumed(query(6)).prefers_first.tolist() == [1, 0, 1, 0, 0, 1]
-        assert len(server.requests) == 1
-    assert resumed.state_dict()["answered"] == {}
+        with pytest.raises(TeacherError, match=r"failed on pair 4 of 6: no answer from .* after 1 attempts: HTTP 500"):
+            ask(asked, query(6), AnswerJournal(tmp_path / "answers.jsonl"))
+        answer = ask(asked, query(6), AnswerJournal(tmp_path / "answers.jsonl"))
+        assert answer.prefers_first.tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.4, 0.4])
+        again = ask(asked, query(6), AnswerJournal(tmp_path / "answers.jsonl"))
+        assert torch.equal(again.prefers_first, answer.prefers_first)
+    assert [len(request["pairs"]) for request in server.requests] == [2, 2, 2, 2]
+    assert server.requests[2]["id"] == server.requests[3]["id"], "it may answer from memory"
 
 
-def test_parts_answered_before_a_failure_stay_when_the_state_before_it_is_loaded() -> None:
+def test_parts_answered_before_a_kill_are_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+
     def reply(number: int, request: Any, handler: BaseHTTPRequestHandler) -> None:
-        send(handler, answers(1), 500 if number == 2 else 200)
+        if number == 3:
+            shown.append(path.read_bytes().count(b"\n"))
+        send(handler, answers(1, None), 500 if number == 3 else 200)
 
-    with Server(reply) as server:
-        asked = teacher(server, pairs_per_request=1, retries=0)
-        before = copy.deepcopy(asked.state_dict())
-        with pytest.raises(HTTPTeacherError):
-            asked(query(2))
-        asked.load_state_dict(before)  # as the loop does
-        asked(query(2))
-        after = copy.deepcopy(asked.state_dict())
-        assert len(server.requests) == 3
-        asked.load_state_dict(before)  # a resume from before this query, whose answer is in the journal
-        asked.load_state_dict(after)
-        assert asked.state_dict() == {"answered": {}, "queries": 1}
+    shown: list[int] = []
+    with Server(reply) as server, pytest.raises(TeacherError):
+        ask(teacher(server, pairs_per_request=2, retries=0), query(6), AnswerJournal(path))
+    assert shown == [4], "what a kill leaves while the third part is being judged"
 
 
 @pytest.mark.parametrize(
@@ -421,7 +451,7 @@ def test_parts_answered_before_a_failure_stay_when_the_state_before_it_is_loaded
 )
 def test_malformed_answers_are_named_and_not_repeated(body: bytes, message: str) -> None:
     with always(body) as server, pytest.raises(HTTPTeacherError, match=f"{server.url} (sent|answered) .*{message}"):
-        teacher(server)(query(2))
+        labels(teacher(server), query(2))
     assert len(server.requests) == 1
 
 
@@ -430,7 +460,7 @@ def test_a_malformed_answer_is_counted_within_the_whole_query() -> None:
         send(handler, answers(1, 1 if number < 3 else 7))
 
     with Server(reply) as server, pytest.raises(HTTPTeacherError, match="pair 5 with 7"):
-        teacher(server, pairs_per_request=2)(query(6))
+        labels(teacher(server, pairs_per_request=2), query(6))
 
 
 json_values = st.recursive(
@@ -459,20 +489,33 @@ def test_any_reply_gives_labels_or_one_clear_error(changeable: tuple[Server, lis
     server, body = changeable
     body[0] = reply
     try:
-        answer = teacher(server)(query(2))
+        found = labels(teacher(server), query(2))
     except HTTPTeacherError as error:
         assert server.url in str(error)
         assert len(str(error)) < 500
     else:
-        said = json.loads(reply)["answers"]
-        assert answer.given.tolist() == [value is not None for value in said]
-        assert answer.prefers_first.tolist() == pytest.approx([0.5 if value is None else value for value in said])
+        assert found == json.loads(reply)["answers"]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "127.0.0.1:8000", "http://", ""])
 def test_only_http_is_spoken(url: str) -> None:
     with pytest.raises(ValueError, match="expected http://"):
         HTTPTeacher(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://me:secret@judge/label", "expected no password"),
+        ("http://judge/a label", "percent-encode"),
+        ("http://judge/läbel", "percent-encode"),
+        ("http://jüdge/label", "percent-encode"),
+    ],
+)
+def test_what_cannot_be_posted_to_is_refused_at_once(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^url is .*{message}") as error:
+        HTTPTeacher(url)
+    assert "secret" not in str(error.value)
 
 
 def test_impossible_options_are_refused() -> None:
@@ -484,7 +527,7 @@ def test_observations_that_are_no_numbers_are_not_sent() -> None:
     asked = query(2)
     asked.second.obs[1, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
-        HTTPTeacher("http://127.0.0.1:1/")(asked)
+        labels(HTTPTeacher("http://127.0.0.1:1/"), asked)
 
 
 # The example server
@@ -508,9 +551,9 @@ def example_server() -> Iterator[str]:
 def test_the_example_server_prefers_less_energy(example_server: str) -> None:
     asked = HTTPTeacher(example_server, retries=0)
     # energies per number: 0, 0.01, 0.04, 0.09, 0.16 against 0.0625
-    assert asked(query(5)).prefers_first.tolist() == [1, 1, 1, 0, 0]
+    assert labels(asked, query(5)) == [1, 1, 1, 0, 0]
     both = Query(query(1).first, query(1).first, torch.zeros(1, 2, 3))
-    assert asked(both).prefers_first.tolist() == [0.5]
+    assert labels(asked, both) == [0.5]
 
 
 def test_the_example_server_refuses_what_is_no_request(example_server: str) -> None:

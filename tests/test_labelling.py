@@ -28,11 +28,13 @@ from pbrl.labelling import drawing, server
 from pbrl.labelling.service import Service
 from pbrl.labelling.store import LabelStore, Pair, Refused, Shown, Taken
 from pbrl.labelling.teacher import HumanTeacher, pair_keys, pairs
+from pbrl.launch.configuration import ConfigError
 from pbrl.launch.shipped import described
 from pbrl.preferences import Preferences
 from pbrl.queries import Distinct, difference
 from pbrl.rollouts import Rollouts
 from pbrl.types import Query
+from tests.conftest import tiny_loop
 from tests.films import read_film
 from tests.people import AnsweredPage, wait_for
 
@@ -158,6 +160,16 @@ def test_a_pair_is_with_one_person_until_the_lease_ends(tmp_path: Path, clock: C
         store.answer("carl", "carl", anna, 0.0, 1.0)
 
 
+def test_a_page_left_open_keeps_no_pair_from_others(tmp_path: Path, clock: Clock) -> None:
+    store = make_store(tmp_path, 1, clock, lease=60.0)
+    anna = store.next("anna")
+    for _ in range(30):  # she has left, her page looks every 2.5 seconds
+        assert store.next("anna") == anna, "hers while nobody else asks"
+        clock.now += 2.5
+    assert store.next("ben") == anna
+    assert store.next("anna") is None, "now it is with ben"
+
+
 def test_two_reviews_make_a_soft_label(tmp_path: Path) -> None:
     store = make_store(tmp_path, 3, reviews=2)
     for label in (1.0, 1.0, None):
@@ -217,6 +229,8 @@ def test_a_store_is_refused_if_it_is_none_or_a_number_is_wrong(tmp_path: Path) -
     (tmp_path / "no").write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(ValueError, match="is not a store of labels"):
         LabelStore(tmp_path / "no")
+    with pytest.raises(OSError, match=r"no-folder/labels\.sqlite3: unable to open"):
+        LabelStore(tmp_path / "no-folder" / "labels.sqlite3")
     with pytest.raises(ValueError, match="reviews=0"):
         LabelStore(tmp_path / "new", reviews=0)
     store = make_store(tmp_path)
@@ -511,6 +525,17 @@ def test_a_thousand_answers_at_twenty_a_second(served: tuple[Client, LabelStore]
     assert np.quantile(taken, 0.95) < 0.1
 
 
+def test_after_the_end_nothing_is_asked_or_taken_back(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 3)
+    give(store, "you", 1.0)
+    app = server.Labelling({**settings(store.path), "token": ""}, store, server.Clips(store, {}, 64, False), None)
+    assert app.state("you")["question"] and app.state("you")["undo"]
+    for phase in ("finished", "labelled"):
+        app.hear({"status": {"phase": phase}})
+        state = app.state("you")
+        assert state["question"] is None and state["undo"] is None and state["open"] == 3, phase
+
+
 def test_the_network_is_named_and_its_names_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path).close()
     service = Service(settings(tmp_path / "labels.sqlite3", host="0.0.0.0"))
@@ -579,6 +604,36 @@ def test_a_file_names_the_environment_that_draws_it(task: str) -> None:
     assert env == described("env", task, task) and instantiate(env).observation_space
 
 
+def test_a_file_is_drawn_in_the_environment_of_its_run(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "env.horizon=70")
+    loop.parts.preferences.save(tmp_path / "labels.npz")
+    loop.release()
+    stored = Preferences.load(tmp_path / "labels.npz")
+    assert environment(tmp_path / "labels.npz", None, stored)["horizon"] == 70
+    assert environment(tmp_path / "labels.npz", "pointmass", stored)["horizon"] == 50, "another by its name"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"_target_": "tests.test_labelling.Talkative"}, r"env\._target_=tests.test_labelling.Talkative is not among"),
+        ({"_target_": "envs.pointmass.PointMass", "horizon": "${oc.env:HOME}"}, "holds plain values only"),
+        ({"_target_": "envs.pointmass.PointMass", "horizon": "50"}, "is not what"),
+        ({"_target_": "envs.gym.GymEnv", "id": "payload:Env-v0"}, "is outside what"),
+    ],
+)
+def test_an_environment_that_a_strangers_file_asks_for_is_held_against_the_list(
+    env: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"labels.npz: .*{message}"):
+        environment(Path("labels.npz"), None, Preferences({"env_config": env}))
+
+
+def test_an_own_environment_of_a_file_is_drawn_when_it_is_trusted() -> None:
+    env = {"_target_": "tests.test_labelling.Talkative"}
+    assert environment(Path("labels.npz"), None, Preferences({"env_config": env}), ["tests.test_labelling"]) == env
+
+
 def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
     make_store(tmp_path).close()
     chosen = settings(
@@ -586,6 +641,38 @@ def test_an_environment_that_cannot_be_drawn_is_one_line(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match=r"cannot be drawn: .*horizon"):
         Service(chosen)
+
+
+class Talkative(PointMass):
+    """Prints more than a pipe holds, and cannot step in one direction."""
+
+    def __init__(self) -> None:
+        print("a simulator says its name")
+        super().__init__()
+
+    def step(self, action: np.ndarray) -> Any:
+        print("and what it does" * 10_000)
+        if action[0] == -1:
+            raise KeyError("no such way")
+        return super().step(action)
+
+
+def test_an_environment_that_prints_and_one_that_fails_leave_the_page_standing(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 0)
+    env = PointMass()
+    env.reset(seed=0)
+    states = np.stack([env.get_state()] * 2)
+    moves = [np.full((2, 2, 2), way, np.float32) for way in (1, -1, 1)]
+    store.post([Pair(f"k{i}", drawing.pack(states, actions)) for i, actions in enumerate(moves)])
+    service = Service(settings(store.path, draw=True, env={"_target_": "tests.test_labelling.Talkative"}))
+    try:
+        client = Client(service)
+        for number, status, begin in ((1, 200, b""), (2, 500, b"a clip cannot be drawn: KeyError"), (3, 200, b"")):
+            got, content, _ = client.request("GET", f"/api/clip?number={number}&repeat=false")
+            assert got == status and content.startswith(begin), content[:200]
+    finally:
+        service.close()
+        store.close()
 
 
 # ----------------------------------------------------------------------------------------------------- the teacher

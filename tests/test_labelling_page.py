@@ -142,6 +142,27 @@ def test_nobody_judges_what_he_cannot_see(teacher: HumanTeacher, chromium: Any, 
     assert not person.page.is_visible("#notice")
 
 
+def test_the_end_is_said_though_questions_are_left(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    person.press(person.question() and "ArrowLeft")
+    person.question()
+    teacher._open()[1].tell(status={"phase": "finished"})
+    wait_for(lambda: person.page.is_visible("#idle"))
+    assert person.page.inner_text("#doing") == "Training has finished. Thank you."
+    teacher.close(complete=True)
+    for key in ("u", "ArrowLeft"):  # nobody is there any more
+        person.press(key)
+    assert len(answers(tmp_path)) == 1
+
+
+def test_what_does_not_arrive_is_said(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    person.question()
+    teacher.close(complete=False)
+    person.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: "what you pressed has not arrived" in person.page.inner_text("#notice"))
+
+
 class BadLine(ThreadingHTTPServer):
     """Hands requests on to the page's server at `own`, and breaks off the first reply to each of `left` half way."""
 

@@ -9,19 +9,25 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.faults.people import ask_page
+from pbrl import label
 from pbrl.labelling import teacher as teacher_module
 from pbrl.labelling.store import FILE_NAME, LabelStore
+from pbrl.labelling.teacher import HumanTeacher, pair_keys
 from pbrl.launch.configuration import options
 from pbrl.loop import Loop, Stopped
 from pbrl.preferences import Preferences
 from pbrl.preferences import main as preferences_main
+from pbrl.types import Answer, Query
 from tests.conftest import TINY, config, finish, rows, tiny_loop
 from tests.people import Command, answers, wait_for
+from tests.test_labelling import Clock, give, recorded
 
 HUMAN = ("teacher=human", "teacher.repeats=0", "teacher.undo_seconds=0", "teacher.task=go", "teacher.size=64")
 OPEN = "teacher.wait=false"
@@ -245,6 +251,66 @@ def test_each_shipped_task_has_its_words(env: str) -> None:
 def test_a_page_without_words_says_so(tmp_path: Path, no_page: None, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_loop(tmp_path / "run", *HUMAN[:1], "teacher.task=null").release()
     assert "teacher.task=" in capsys.readouterr().out
+
+
+def exported(path: Path, count: int = 4) -> Path:
+    """A file of answered pairs of the point mass."""
+    stored = Preferences({"env": "pointmass", "teacher": "oracle"})
+    stored.add(recorded(count), Answer(torch.ones(count), torch.ones(count, dtype=torch.bool)), 1)
+    stored.save(path)
+    return path
+
+
+def test_labels_replace_no_file_but_their_own(
+    tmp_path: Path, no_page: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def two(teacher: Any, query: Query) -> None:
+        teacher.post(query)
+        for _ in range(2):
+            give(teacher._open()[0], "you", 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(label, "_until_answered", two)
+    source, out = exported(tmp_path / "labels.npz"), tmp_path / "labels-people.npz"
+    before, other = source.read_bytes(), exported(tmp_path / "other.npz")
+    for given, message in (
+        (source, "is the file whose pairs are asked"),
+        (tmp_path / "." / "labels.npz", "is the file whose pairs are asked"),
+        (other, "exists, and no other.npz.sqlite3 beside it"),
+        (tmp_path / "no-folder" / "people.npz", "there is no folder"),
+    ):
+        assert label.main([str(source), f"--out={given}"]) == 1
+        assert message in capsys.readouterr().err
+    for answered in (2, 4):  # the same command goes on
+        assert label.main([str(source), "--repeats=0"]) == 0
+        assert len(Preferences.load(out)) == answered
+    assert source.read_bytes() == before and other.read_bytes() == before
+
+
+def test_labelling_ends_when_nothing_can_be_undone_any_more(
+    tmp_path: Path, no_page: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 1001 and not undone:
+            undone.append(store.last("you"))
+            store.undo("you", undone[0])
+        elif clock.now > 1010 and store.next("you"):
+            give(store, "you", 0.0)
+
+    clock, undone = Clock(), list[Any]()
+    teacher = HumanTeacher({}, "go", repeats=0.0, undo_seconds=3.0)
+    teacher.open(tmp_path, 10)
+    store = teacher._open()[0]
+    store.clock = clock
+    query = recorded(2)
+    teacher.post(query)
+    for _ in range(2):
+        give(store, "you", 1.0)
+    monkeypatch.setattr(label, "time", SimpleNamespace(sleep=pass_time))
+    label._until_answered(teacher, query)
+    assert store.finished(pair_keys(query)) == 2 and clock.now > 1013
+    teacher.close(complete=True)
 
 
 @pytest.mark.slow

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 
 from pbrl.launch.build import build
 from pbrl.launch.stored import read_config
 from pbrl.loop import Stopped
-from pbrl.records.loggers import JsonLines, Loggers, plain
+from pbrl.records.loggers import JsonLines, Loggers, numbers, plain
 from tests.conftest import config, finish, tiny_loop
 
 
@@ -25,10 +28,15 @@ def test_rows_are_json_and_flushed_at_once(tmp_path: Path) -> None:
 
 
 def test_plain_values() -> None:
-    import numpy as np
-    import torch
-
     assert [plain(v) for v in (np.float32(1.5), torch.tensor(2), float("inf"), "x")] == [1.5, 2, None, "x"]
+
+
+def test_metrics_are_numbers() -> None:
+    told = {"a": 1, "b": np.float32(0.5), "c": torch.tensor(2.0), "d": None, "e": math.nan}
+    assert numbers(told, "teacher x") == told
+    for value in ("strict", [1, 2], torch.ones(2), np.ones(2)):
+        with pytest.raises(ValueError, match=r"teacher x reports own/mode=.*; expected a number"):
+            numbers({"own/mode": value}, "teacher x")
 
 
 def test_a_remote_sink_that_fails_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

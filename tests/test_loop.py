@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def test_phases_happen_in_their_order_and_the_budget_is_kept(tiny_run: Path) -> 
     assert [row["feedback/asked"] for row in sessions] == [5, 10, 15]
     evaluations = [row["env_step"] for row in rows(tiny_run) if "eval/return" in row]
     assert evaluations == [0, 250, 500, 600], "the last evaluation is at the end"
+
+
+def test_an_evaluation_that_came_late_does_not_put_off_the_next(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "eval.every=100", "eval.episodes=1")
+    loop.agent.num_timesteps = 130  # a session took steps
+    loop._evaluate()
+    assert loop.due.eval == 200
+    loop.release()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,25 @@ def test_imported_answers_of_other_sizes_are_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resumed_run_needs_no_imported_file_any_more(tiny_run: Path, tmp_path: Path) -> None:
+    file = shutil.copy(tiny_run / "preferences.npz", tmp_path / "labels.npz")
+    imported = len(Preferences.load(file))
+    loop = tiny_loop(tmp_path / "run", f"import_preferences={file}", "feedback.budget=20")
+    loop.release()  # before its first checkpoint
+    Path(file).rename(tmp_path / "moved.npz")
+    resume = [f"resume={tmp_path / 'run'}", f"trust=[{file}]"]
+    with pytest.raises(ConfigError, match="import_preferences"):
+        tiny_loop(tmp_path / "run", *resume)
+    (tmp_path / "moved.npz").rename(file)
+    loop = tiny_loop(tmp_path / "run", *resume)
+    loop.save()
+    loop.release()
+    Path(file).unlink()
+    loop = tiny_loop(tmp_path / "run", *resume)
+    loop.release()
+    assert len(loop.parts.preferences) == imported and loop.parts.preferences.about["env"] == "pointmass"
+
+
 def test_without_questions_about_fresh_steps_there_need_be_none(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "feedback.fresh_steps=0", "feedback.fresh_share=0")
     assert [len(query) for query in questions(loop)] == [5, 5, 5]
@@ -192,6 +220,20 @@ def test_episodes_of_another_actor_are_not_among_the_recent_ones(tmp_path: Path)
     loop.session.rollout(dict(loop.agent.actor.named_parameters()), 120)
     assert rollouts.ended == count + 2
     assert rollouts.since_episodes(6, 10) == before, "the rest of what they began is one more"
+
+
+def test_what_is_said_of_the_present_policy_is_not_said_of_another_actor(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run", "query.recent_episodes=2")
+    rollouts, diary = loop.parts.rollouts, loop.diary
+    loop.agent.collect(220, updates=0)
+    finished, paid = list(rollouts.finished), diary._over_optimisation()["reward/true_per_step"]
+    assert diary._present() == 120, "feedback.every=100"
+    loop.session.rollout(dict(loop.agent.actor.named_parameters()), 160)
+    rollouts.task_rewards[220:380] = 1e6
+    assert (diary._present(), list(rollouts.finished)) == (120, finished)
+    assert diary._over_optimisation()["reward/true_per_step"] == paid
+    assert loop.questions._choose(Uniform(), 50, 0, False).first.step.max() < 220
+    loop.release()
 
 
 @pytest.mark.parametrize("rule", ["disagreement", "uniform"])
@@ -242,6 +284,38 @@ def test_a_share_of_the_rules_questions_is_about_the_best_clips(
         assert len(starts) == 5
 
 
+@pytest.mark.parametrize(
+    ("picks", "message"),
+    [
+        (
+            lambda candidates, count: np.arange(len(candidates)),
+            r"of shape \[50\]; expected 5 different ones from 0 to 49",
+        ),
+        (lambda candidates, count: np.arange(0), r"of shape \[0\]"),
+        (lambda candidates, count: np.arange(len(candidates)) < count, r"of shape \[50\]"),
+        (lambda candidates, count: np.ones(count), "of float64"),
+        (lambda candidates, count: np.zeros(count, int), "some of them twice"),
+        (lambda candidates, count: np.arange(count) - 1, "from -1 to 3"),
+        (lambda candidates, count: len(candidates) - np.arange(count), "from 46 to 50"),
+    ],
+)
+def test_what_is_no_answer_of_a_query_rule_is_refused_by_name(tmp_path: Path, picks, message: str) -> None:
+    class Picking(QueryRule):
+        from_the_start = True
+
+        def __call__(self, candidates, count, reward, asked, rng) -> Any:
+            return picks(candidates, count)
+
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.query = Picking()
+    loop.agent.collect(100)
+    with pytest.raises(ValueError, match=rf"^query [\w.<>]+Picking returned indices {message}"):
+        loop.questions.select(True)
+    picks = lambda candidates, count: list(range(count))  # noqa: E731
+    assert len(loop.questions.select(True)) == 5
+    loop.release()
+
+
 class Tantrum(Teacher):
     """Answers once, then does what it is told to."""
 
@@ -278,6 +352,50 @@ def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path,
     assert len(resumed.parts.preferences) == 5, "the first session's answers are kept"
     assert resumed.dialogue.pending is not None, "the questions will be asked again"
     assert finish(resumed)["complete"]
+
+
+class Unstorable(Teacher):
+    """Remembers a tensor."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, query: Query) -> Answer:
+        self.calls += 1
+        return Answer(torch.ones(len(query)), torch.ones(len(query), dtype=torch.bool))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"w": torch.zeros(2)}
+
+
+def test_a_teacher_whose_state_cannot_be_stored_is_refused_before_it_is_asked(tmp_path: Path) -> None:
+    message = r"^state_dict\(\) of teacher tests.test_loop.Unstorable is not plain JSON: .*Tensor"
+    with pytest.raises(ConfigError, match=message):
+        tiny_loop(tmp_path / "run", "replaced=[teacher]", "++teacher._target_=tests.test_loop.Unstorable")
+    assert not (tmp_path / "run/config.yaml").exists()
+    loop = tiny_loop(tmp_path / "run")
+    loop.parts.teacher = teacher = Unstorable()
+    with pytest.raises(ValueError, match=message):
+        finish(loop)
+    assert teacher.calls == 0
+
+
+class Telling(Tantrum):
+    """Reports a word."""
+
+    def metrics(self) -> dict[str, Any]:
+        return {"own/mode": "strict"}
+
+
+@pytest.mark.parametrize("part", ["teacher", "updater"])
+def test_a_metric_that_is_no_number_is_refused_by_name_before_it_is_stored(tmp_path: Path, part: str) -> None:
+    loop = tiny_loop(tmp_path / "run", "total_steps=250")
+    if part == "teacher":
+        loop.parts.teacher = Telling(raises)
+    else:
+        loop.parts.updater.update = lambda reward, preferences, session: {"own/mode": "strict"}
+    with pytest.raises(ValueError, match=rf"^{part} [\w.]+ reports own/mode='strict'; expected a number"):
+        finish(loop)
 
 
 def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pbrl.asking import AnswerJournal, TeacherError, ask
@@ -49,7 +50,22 @@ def test_answers_given_one_by_one_are_kept_one_by_one(tmp_path: Path, killed_at:
     assert path.read_text().count("\n") == 5
 
 
-@pytest.mark.parametrize(("labels", "message"), [([1.0], "yielded 1 labels to 2 pairs"), ([2.0, 0.0], "yielded 2.0")])
+def test_labels_may_be_numpys(tmp_path: Path) -> None:
+    labels = [np.float64(1.0), np.float32(0.5), np.int64(0), 1]
+    answer = ask(as_teacher(lambda query: (label for label in labels)), make_query(4), AnswerJournal(tmp_path / "j"))
+    assert answer.prefers_first.tolist() == [1, 0.5, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1.0], "yielded 1 labels to 2 pairs"),
+        ([2.0, 0.0], "yielded 2.0"),
+        ([True, 0.0], "yielded True"),
+        ([float("nan"), 0.0], "yielded nan"),
+        ([np.float32("nan"), 0.0], "yielded .*nan"),
+    ],
+)
 def test_a_generator_that_yields_nonsense_is_named(tmp_path: Path, labels: list[float], message: str) -> None:
     def teacher(query: Query) -> Any:
         yield from labels

@@ -13,7 +13,7 @@ from pbrl.interfaces import as_environment
 from pbrl.launch.build import build
 from pbrl.launch.command import composed, prepare
 from pbrl.launch.configuration import ConfigError
-from pbrl.loop import Loop
+from pbrl.loop import Loop, Stopped
 from tests.conftest import TINY, finish
 
 MODULE = '''
@@ -85,6 +85,20 @@ def test_a_class_of_ones_own_is_trained_in_with_its_arguments(module: str) -> No
     assert (env.horizon, env.state_size) == (40, 0)
     assert finish(loop)["env_step"] == 600
     assert len(loop.parts.rollouts.finished) > 5, "its horizon did not end its episodes"
+
+
+def test_where_the_simulator_has_no_state_a_resumed_run_begins_a_new_episode(module: str) -> None:
+    loop = made(f"env._target_={module}.Slide", "agent.noise_color=1.0")
+    loop.stop = lambda: loop.step >= 345  # episodes of 40 steps: in the middle of the ninth
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    rewritten = prepare(["resume=run", f"trust=[{module}]"])
+    loop = build(composed(rewritten), {"env": "own"}, rewritten)
+    colored = loop.agent.colored
+    assert colored is not None and colored.used == len(colored.sequence), "its noise begins anew too"
+    finish(loop)
+    assert [length for _, length in loop.parts.rollouts.finished] == [40] * 10, "none is the sum of two"
 
 
 def test_a_run_is_evaluated_in_the_environment_it_was_trained_in(

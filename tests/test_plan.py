@@ -12,7 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEp
 
 from pbrl.launch.build import build
 from pbrl.launch.configuration import ConfigError
-from pbrl.launch.one_run import print_summary
+from pbrl.launch.one_run import print_summary, run
+from pbrl.launch.stored import lock
 from tests.conftest import TINY, config, finish, rows, tiny_loop
 
 DENSE = ("updater=aparl", "updater.implicit.estimator=off", "feedback.budget=200", "feedback.per_session=5")
@@ -124,6 +125,20 @@ def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
     assert "total_steps: 600" in (tmp_path / "run/config.yaml").read_text()
 
 
+def test_a_judge_who_has_moved_is_found_again(tmp_path: Path) -> None:
+    run_dir, old, new = tmp_path / "run", "http://127.0.0.1:9/label", "http://127.0.0.1:10/label?a=b"
+    tiny_loop(run_dir, "teacher=http", f"teacher.url={old}").release()
+    for changes, trusted in ((["++teacher.url=" + new, "++teacher.timeout=5"], old), ([], new)):
+        overrides = [f"resume={run_dir}", f"trust=['{trusted}']"]
+        loop = build(*config(*TINY, *overrides), [*overrides, *changes])
+        loop.release()
+        assert (loop.parts.teacher.url, loop.parts.teacher.timeout) == (new, 5)
+    with pytest.raises(ConfigError, match=r"teacher.frames=2 \(these can: .*teacher.url, .*Start a new run"):
+        build(*config(*TINY, *overrides), [*overrides, "++teacher.frames=2"])
+    with pytest.raises(ConfigError, match=r"key teacher.port does not exist"):
+        build(*config(*TINY, *overrides), [*overrides, "++teacher.port=1"])
+
+
 def test_the_bar_moves_while_fresh_steps_are_taken(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "updater.implicit.estimator=off", "feedback.fresh_steps=150")
     seen: list[int] = []
@@ -154,3 +169,26 @@ def test_a_saturated_member_that_starts_anew_is_told(tmp_path: Path, capsys: pyt
     finish(loop)
     lines = [line for line in capsys.readouterr().out.splitlines() if "session " in line]
     assert ["saturated members that start anew: 1" in line for line in lines] == [True, False, False]
+
+
+def test_of_two_starts_in_one_folder_the_second_writes_nothing(tmp_path: Path) -> None:
+    overrides = [*TINY, f"run_dir={tmp_path / 'run'}"]
+    cfg, choices = config(*overrides)
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"), pytest.raises(ConfigError, match="another process is at work"):
+        run(cfg, choices, overrides)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    build(cfg, choices, overrides).release()
+    with pytest.raises(ConfigError, match=r"run_dir=.* already holds a run; continue it with resume="):
+        build(cfg, choices, overrides)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pbrl.launch.build.time.strftime", lambda form: "now")
+    for name in ("pebble-s0-now", "pebble-s0-now-2", "pebble-s0-now-3"):
+        loop = build(*config(*TINY), [])
+        loop.release()
+        assert loop.run_dir == Path("runs/pointmass") / name and (loop.run_dir / "config.yaml").exists()

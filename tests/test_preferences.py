@@ -259,6 +259,8 @@ def change_metadata(**values: Any) -> Any:
         (change_metadata(pairs=7), "6 pairs; the metadata counts 7"),
         (change_metadata(asked=5), "5 asked"),
         (change_metadata(about=None), "about is not a table"),
+        (change_metadata(about={"env_config": [1]}), "about.env_config is not a table"),
+        (change_metadata(about={"env_config": {"_target_": 1}}), "about.env_config is not a table"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
@@ -359,6 +361,22 @@ def test_the_command_line_exports_describes_and_joins(tmp_path: Path, capsys: py
         assert expected in shown
 
 
+TASK = {"_target_": "envs.metaworld.MetaWorld", "task": "push", "horizon": 300, "action_repeat": 2}
+
+
+def test_answers_about_one_task_join_whatever_its_episodes_and_about_another_do_not() -> None:
+    def about(**config: Any) -> Preferences:
+        return filled(about={"env": "metaworld", "env_config": {**TASK, **config}})
+
+    assert len(merge([about(), about(horizon=500, action_repeat=1), filled(about={"env": "metaworld"})])) == 18
+    for changed, message in (
+        ({"task": "reach"}, "about env.task 'push', those to add about 'reach'"),
+        ({"_target_": "my_env.Push"}, "about env._target_ 'envs.metaworld.MetaWorld', .* 'my_env.Push'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            about().extend(about(**changed))
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -382,9 +400,13 @@ def test_the_command_line_overwrites_nothing_and_explains_itself(
 ) -> None:
     filled().save(tmp_path / "preferences.npz")
     Preferences().save(tmp_path / "empty.npz")
+    (tmp_path / "new-run").mkdir()
+    (tmp_path / "new-run" / "config.yaml").touch()
     for arguments, message in (
         (["export", str(tmp_path), str(tmp_path / "preferences.npz")], "exists; name another file"),
-        (["export", str(tmp_path / "no-run"), str(tmp_path / "out.npz")], "no preference data set at"),
+        (["export", str(tmp_path / "no-run"), str(tmp_path / "out.npz")], "no-run: there is no run"),
+        (["export", str(tmp_path / "new-run"), str(tmp_path / "out.npz")], "new-run has no answers yet"),
+        (["info", str(tmp_path / "none.npz")], "`python -m pbrl.preferences export` makes one"),
         (["merge", str(tmp_path / "empty.npz"), str(tmp_path / "out.npz")], "no answered pairs"),
         (["export", str(tmp_path), str(tmp_path / "no-folder" / "out.npz")], "no-folder"),
     ):
@@ -548,11 +570,12 @@ def test_a_teacher_that_raises_is_named_and_an_interrupt_passes(tmp_path: Path) 
 
 
 def test_a_state_that_is_no_json_is_the_teacher_s_fault(tmp_path: Path) -> None:
-    teacher = Coin()
+    teacher, asked = Coin(), query(2)
     teacher.state_dict = lambda: {"rng": torch.zeros(2)}  # type: ignore[method-assign]
     with pytest.raises(TeacherError, match=r"state_dict\(\) of teacher .*Coin is not plain JSON"):
-        ask(teacher, query(2), AnswerJournal(tmp_path / "j"))
-    assert (tmp_path / "j").read_text() == ""
+        ask(teacher, asked, AnswerJournal(tmp_path / "j"))
+    ask(teacher, asked, AnswerJournal(tmp_path / "j"))
+    assert teacher.calls == 1, "its answer was written down nevertheless"
 
 
 def test_pairs_remember_their_steps_and_which_are_fresh_and_new(tmp_path: Path) -> None:

@@ -31,10 +31,11 @@ def test_hybrid_replay_ends_with_the_budget(tmp_path: Path) -> None:
     loop.run()
     assert loop.agent.replay_buffer.hybrid, "questions are left after the session at step 200"
     loop.close(True)
-    loop = tiny_loop(tmp_path / "spent", "agent.hybrid_ratio=0.5", "feedback.budget=5", "total_steps=260")
-    loop.run()
-    assert not loop.agent.replay_buffer.hybrid
-    loop.close(True)
+    for name, spent in (("spent", "feedback.budget=5"), ("unasked", "updater=oracle")):
+        loop = tiny_loop(tmp_path / name, "agent.hybrid_ratio=0.5", spent, "total_steps=260")
+        loop.run()
+        assert not loop.agent.replay_buffer.hybrid
+        loop.close(True)
 
 
 @pytest.mark.parametrize(("env", "episodes"), [("walker-walk", 10), ("drawer-open", 30), ("door-open", 60)])

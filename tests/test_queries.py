@@ -102,9 +102,16 @@ def test_every_rule_is_symmetric_under_swapping_the_pairs(name: str) -> None:
     half = candidates[list(range(20))]
     mixed = Query.cat([swapped(half), candidates[list(range(20, 40))]])
     turned = Query.cat([known[[0, 1, 2]], swapped(known[[3, 4, 5]])])
-    rng = np.random.default_rng(0)
-    expected = RULES[name](candidates, 8, reward(), asked(known), rng)
-    assert RULES[name](mixed, 8, reward(), asked(turned), rng).tolist() == expected.tolist()
+    expected = RULES[name](candidates, 8, reward(), asked(known), np.random.default_rng(0))
+    found = RULES[name](mixed, 8, reward(), asked(turned), np.random.default_rng(0))
+    assert found.tolist() == expected.tolist()
+
+
+def test_random_pairs_are_random_whatever_order_the_candidates_are_in() -> None:
+    rng, ensemble = np.random.default_rng(0), reward()
+    asked_about = np.bincount([i for _ in range(500) for i in Uniform()(query(50), 12, ensemble, asked(query(1)), rng)])
+    assert (np.abs(asked_about - 120) < 50).all(), "5 standard deviations"
+    assert Uniform()(query(50), 50, ensemble, asked(query(1)), rng).tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
 from pbrl.updaters.rime import divergences
-from tests.conftest import finish, option, tiny_loop
+from tests.conftest import finish, option, rows, tiny_loop
 from tests.gaussian_problem import STEPS, GaussianSession
 from tests.preference_problem import answered, session, small_reward
 
@@ -200,3 +200,10 @@ def test_rime_wraps_another_updater(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", *options, "total_steps=350")
     finish(loop)
     assert loop.parts.preferences.margin == 2, "the inner updater's margins are asked for"
+
+
+def test_an_epoch_is_one_pass_also_where_the_inner_updater_alone_takes_more(tmp_path: Path) -> None:
+    limits = ("updater.epochs=3", "updater.least_epochs=3", "updater.warm_updates=0", "updater.warmup_epochs=0")
+    finish(tiny_loop(tmp_path / "run", "updater=rime", "updater@updater.inner=pebble", *limits, "total_steps=350"))
+    steps = [row["reward/steps"] for row in rows(tmp_path / "run") if "feedback/session" in row]
+    assert steps == [3, 3], "of 5 and 10 pairs, in batches of 32"

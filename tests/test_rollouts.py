@@ -120,6 +120,32 @@ def test_after_another_policys_episodes_the_own_next_one_is_recent() -> None:
     assert len(rollouts.asides) == 2, "those of overwritten steps are forgotten"
 
 
+def test_another_policys_steps_are_kept_and_not_the_policys_own() -> None:
+    rollouts = filled([10, 10])
+    take(rollouts, 4, ends=False)
+    with rollouts.aside(another=True):
+        take(rollouts, 6, ends=True)  # the episode that the policy began
+        take(rollouts, 5, ends=False)
+    take(rollouts, 5, ends=True)
+    assert [length for _, length in rollouts.finished] == [10, 10], "none of both"
+    with rollouts.aside():  # a branch
+        take(rollouts, 3, ends=False, counted=False)
+    resumed = Rollouts(100, 2, 1, 1)
+    resumed.episode[:] = rollouts.episode
+    resumed.load_state(json.loads(json.dumps(rollouts.state())))
+    for one in (rollouts, resumed):
+        assert one.starts(4, since=15, own=True).tolist() == [15, 16, 20, 35, 36]
+        assert (one.since_steps(3), one.since_steps(8), one.since_steps(9)) == (40, 35, 23)
+        assert len(one.steps(20, 100, own=True)[0]) == len(one.steps(20, 100)[0]) - 11
+        assert one.query(50, 4, np.random.default_rng(0), since=20, own=True).first.step.unique().tolist() == [
+            20,
+            35,
+            36,
+        ]
+    take(rollouts, 10, ends=True)
+    assert [length for _, length in rollouts.finished] == [10, 10, 10]
+
+
 def test_of_a_pair_only_one_side_or_both_begin_lately() -> None:
     rollouts = filled([10] * 10)
     both = rollouts.query(500, 5, np.random.default_rng(0), since=80)

@@ -252,3 +252,10 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["robot", str(tmp_path)])
     assert "needs a run's folder with a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("estimator", ["critic-pairs", "critic-adjoint"])
+def test_one_critic_is_enough(estimator, tmp_path):
+    few = ["updater.implicit.rows=64", "updater.implicit.trajectory_length=5", "updater.implicit.actions=2"]
+    given = ["updater=aparl", "agent.critics=1", f"updater.implicit.estimator={estimator}", "feedback.budget=10", *few]
+    assert np.isfinite(finish(tiny_loop(tmp_path, *given, "total_steps=400"))["aparl/split_cosine"])

@@ -242,7 +242,7 @@ class PreferenceSAC(SAC):
             self.rollouts.add(
                 obs[0], buffer_action[0], raw[0], float(reward[0]), state, bool(dones[0]), counted=not self._branching
             )
-        if dones[0] and self.colored is not None:
+        if dones[0] and self.colored is not None and not self._branching:
             self.colored.restart()
         if self.seen is not None:
             self.seen.update(obs.astype(np.float64))
@@ -544,6 +544,8 @@ class PreferenceSAC(SAC):
         self._last_obs = self.env.reset()  # type: ignore[assignment]
         self.training_env.np_random.bit_generator.state = state["env_rng"]
         if state["env_state"] is None:
+            if self.colored is not None:
+                self.colored.restart()
             return False
         self.training_env.set_state(state["env_state"].numpy())
         self._last_obs = state["last_obs"].numpy()

@@ -4,7 +4,8 @@ Definitions:
 
 * score: `eval/success` where every run on the task has it, else `eval/return`; `--metric` overrides.
 * grid: on each task, the evaluation steps that all runs cover; between evaluations the last one holds.
-* final score of a run: its mean over the grid points in the last tenth of the steps.
+* scores of a run: of its own evaluations up to the last step that all runs on the task cover. Final score: their mean
+  in the last tenth of the steps.
 * oracle score: the same of SAC paid the task's own reward; normalised score = score / oracle score.
 """
 
@@ -41,6 +42,7 @@ class Curves:
     by_step: Array  # float [runs, g], scores
     labels: Array  # float [k], labels received
     by_label: Array  # float [runs, k], the last score measured with at most that many labels
+    own: Sequence[tuple[Array, Array]]  # each run's own evaluations up to the grid's end: steps and scores
 
     def over(self, axis: str) -> tuple[Array, Array]:
         """Grid and scores over "steps" or "labels"."""
@@ -49,12 +51,12 @@ class Curves:
     @property
     def final(self) -> Array:
         """Final score of each run, float [runs]."""
-        return tail_mean(self.steps, self.by_step)
+        return np.array([float(tail_mean(*evaluations)) for evaluations in self.own])
 
     @property
     def area(self) -> Array:
         """Area under each run's curve over steps, as its mean height, float [runs]."""
-        return area_under_curve(self.steps, self.by_step)
+        return np.array([float(area_under_curve(*evaluations)) for evaluations in self.own])
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
     steps, labels = (common_grid([axis for axis, _ in curves.values()]) for curves in (by_step, by_label))
     if not len(steps):
         raise ComparisonError(f"{task}: the runs' evaluations have no environment steps in common")
+    end = steps[-1]
     return {
         method: Curves(
             runs,
@@ -186,6 +189,7 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
             np.stack([last_observation(*by_step[run.source], steps) for run in runs]),
             labels,
             np.stack([last_observation(*by_label[run.source], labels) for run in runs]),
+            [(at[at <= end], values[at <= end]) for at, values in (by_step[run.source] for run in runs)],
         )
         for method, runs in methods.items()
     }

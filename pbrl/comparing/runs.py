@@ -75,9 +75,18 @@ class Run:
         return float(values[-1]) if len(values) else math.nan
 
     def labels_at(self, steps: Array) -> Array:
-        """Labels received before each of `steps`; what a session teaches shows only after its step."""
-        asked_at, labels = self.series("feedback/labels")
-        return np.concatenate([[0.0], labels])[np.searchsorted(asked_at, steps, side="left")]
+        """Labels received before the evaluation at each of `steps`, float [n]; at infinity: all.
+
+        In the order of the rows: a session that takes no steps of its own comes after the evaluation at its step, one
+        that takes some is logged where they end, before the evaluation there.
+        """
+        labels, at = 0.0, {}
+        for row in self.rows:
+            if _is_number(row.get("feedback/labels")):
+                labels = float(row["feedback/labels"])
+            if "eval/return" in row:
+                at[row["env_step"]] = labels
+        return np.array([at.get(step, labels) for step in steps])
 
 
 def _is_number(value: Any) -> bool:

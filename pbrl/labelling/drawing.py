@@ -143,7 +143,8 @@ def _serve(pipe: Any, env_config: Mapping[str, Any], size: int, yields: bool) ->
     except Exception as error:  # whatever an environment raises
         pipe.send((False, f"the environment cannot be drawn: {error.__cause__ or error}"))
         return
-    with Path(os.devnull).open("w") as nowhere:  # what ffmpeg says when it is killed is no news
+    with Path(os.devnull).open("w") as nowhere:  # what ffmpeg says when it is killed, or a simulator, is no news
+        os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     if yields and hasattr(os, "nice"):  # from here on: training waits for the start
         os.nice(19)
@@ -156,8 +157,8 @@ def _serve(pipe: Any, env_config: Mapping[str, Any], size: int, yields: bool) ->
             return
         try:
             pipe.send((True, film(env, clips, size, seconds, swapped)))
-        except (ValueError, RuntimeError, OSError) as error:
-            pipe.send((False, f"a clip cannot be drawn: {error}"))
+        except Exception as error:  # whatever an environment raises
+            pipe.send((False, f"a clip cannot be drawn: {type(error).__name__}: {error}"))
 
 
 def timing(steps: int, step_seconds: float | None) -> tuple[float, float]:

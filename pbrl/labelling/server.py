@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from pbrl.labelling import drawing
@@ -36,6 +36,7 @@ WAITING, WAITING_SECONDS = 50, 10.0  # connections without a whole request, and 
 CLIPS_KEPT = 64  # drawn clips in memory
 AHEAD = 4  # questions drawn before they are shown
 LINGER = 3.0  # seconds for which a finished run's page can still say so
+ENDED = ("finished", "labelled")  # phases after which no answer is used
 LABELS = (1.0, 0.5, 0.0, None)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -145,13 +146,14 @@ class Labelling:
 
     def state(self, rater: str) -> dict[str, Any]:
         """Everything that the page shows."""
-        shown = self.store.next(rater)
+        ended = self.status["phase"] in ENDED
+        shown = None if ended else self.store.next(rater)
         real, lasts = drawing.timing(self.settings["steps"], self.step_seconds)
         return {
             "task": self.settings["task"],
             "rater": rater,
             "question": None if shown is None else {"number": shown.question, "repeat": shown.repeat},
-            "undo": self.store.last(rater),
+            "undo": None if ended else self.store.last(rater),
             **self.store.progress(rater),
             "reviews": self.store.reviews,
             "wait": self.settings["wait"],
@@ -413,6 +415,8 @@ def web_server(app: Labelling) -> Any:
 
 def main() -> None:
     """Serve until the standard input ends."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an environment prints in the drawing process is no answer, and nobody reads on
     settings = json.loads(sys.stdin.readline())
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # malformed requests are no news
     try:
@@ -424,11 +428,11 @@ def main() -> None:
         if settings["draw"]:
             app.step_seconds = clips.drawing.start()
     except (OSError, ValueError, RuntimeError) as error:
-        _say({"error": str(error).split("\n")[0]})
+        _say(answer, {"error": str(error).split("\n")[0]})
         return
     server = web_server(app)
     threading.Thread(target=_listen, args=(app, server), daemon=True).start()
-    _say({"port": port})
+    _say(answer, {"port": port})
     server.run(sockets=[bound])
     clips.drawing.stop()
     os._exit(0)  # without waiting for a clip that nobody will see
@@ -438,14 +442,14 @@ def _listen(app: Labelling, server: Any) -> None:
     """Take what training says until it ends, then end the server."""
     for line in sys.stdin:
         app.hear(json.loads(line))
-    if app.status.get("phase") in ("finished", "labelled"):
+    if app.status["phase"] in ENDED:
         time.sleep(LINGER)
     server.should_exit = True
 
 
-def _say(line: dict[str, Any]) -> None:
+def _say(answer: TextIO, line: dict[str, Any]) -> None:
     try:
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line), file=answer, flush=True)
     except BrokenPipeError:  # who started it was killed: its input has ended too
         os._exit(1)
 

@@ -111,7 +111,7 @@ class LabelStore:
 
     Raises:
         ValueError: if the file is there and is not such a store, or a number is out of range.
-        OSError: if it is a link. Every method: if the file cannot be read or written.
+        OSError: if it is a link or cannot be opened. Every method: if the file cannot be read or written.
     """
 
     def __init__(
@@ -131,7 +131,8 @@ class LabelStore:
         self._lock = threading.Lock()
         for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would write through a link
             refuse_foreign(Path(f"{path}{suffix}"))
-        self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+        with self._plain_errors():
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA trusted_schema=OFF")
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -266,7 +267,10 @@ class LabelStore:
     # ------------------------------------------------------------------------------------------------ the raters' side
 
     def next(self, rater: str) -> Shown | None:
-        """What to show this rater now, leased to him; the same again until he answers or his lease ends. None: nothing.
+        """What to show this rater now, leased to him; None: nothing.
+
+        The same again until he answers or, his lease over, somebody else is handed it: asking again prolongs no lease,
+        as a page that is left open asks for ever.
 
         Raises:
             Refused: for a name that is none.
@@ -278,7 +282,7 @@ class LabelStore:
             if held is not None:
                 shown = Shown(held[0], bool(held[1]))
                 if self._may(db, rater, shown, now):
-                    return self._hand(db, rater, shown, now)
+                    return shown
             found = db.execute(
                 f"SELECT q.id FROM question q WHERE q.open AND ({STANDING})"
                 " + (SELECT count(*) FROM lease l WHERE l.question = q.id AND NOT l.repeat AND l.until > ?"
@@ -425,11 +429,12 @@ class LabelStore:
         )
         return [row[0] for row in rows]
 
-    def finished(self, keys: Sequence[str]) -> int:
-        """How many of these questions are complete or used."""
+    def finished(self, keys: Sequence[str], pause: float = 0.0) -> int:
+        """How many of these questions are used, or complete since at least `pause` seconds."""
         with self._transaction() as db:
             rows = [self._standing(db, key) for key in dict.fromkeys(keys)]
-        return sum(row["used"] or row["answers"] >= self.reviews for row in rows)
+        before = self.clock() - pause
+        return sum(row["used"] or (row["answers"] >= self.reviews and row["given"] <= before) for row in rows)
 
     def progress(self, rater: str) -> dict[str, int]:
         """`open`: questions asked now; `complete`: of them, those with all answers; `mine`: answers of this rater."""

@@ -220,8 +220,8 @@ class HumanTeacher(Teacher):
         return done, _answer([labels[key] for key in keys if key in labels])
 
     def answered(self, query: Query) -> int:
-        """How many different pairs of a query have all their answers."""
-        return self._open()[0].finished(pair_keys(query))
+        """How many different pairs of a query have all their answers, the last one for at least `undo_seconds`."""
+        return self._open()[0].finished(pair_keys(query), self.undo_seconds)
 
     def metrics(self) -> dict[str, float]:
         """Each rater's numbers as `teacher/NAME/…`, see `LabelStore.raters`."""

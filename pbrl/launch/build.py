@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.utils import set_random_seed
 
 from pbrl import ORACLES
-from pbrl.asking import AnswerJournal
+from pbrl.asking import AnswerJournal, state_of
 from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
@@ -34,7 +35,7 @@ from pbrl.loop import Loop
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
 from pbrl.queries import QueryRule
-from pbrl.records.checkpoint import CheckpointError, checkpoints
+from pbrl.records.checkpoint import CheckpointError, begun, checkpoints
 from pbrl.records.evaluation import OracleCurve
 from pbrl.records.loggers import JsonLines, Loggers, Sink
 from pbrl.reward import RewardEnsemble
@@ -47,8 +48,16 @@ MOST_THREADS = 1024
 Made = TypeVar("Made")
 
 
-def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loop:
+def build(
+    cfg: DictConfig,
+    choices: dict[str, str],
+    overrides: list[str],
+    hold: Callable[[Path], object] = lambda run_dir: None,
+) -> Loop:
     """Check the config, build the parts and the loop; a resumed run (`resume=RUN`) is restored.
+
+    Args:
+        hold: locks the folder of a new run; called when it has been made, before anything is written into it.
 
     Raises:
         ConfigError: one line naming the key, its value and what is expected.
@@ -61,16 +70,20 @@ def build(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Loo
         cfg = check_resumed(stored, cfg, overrides)
         choices |= {} if cfg.logger == stored.logger else {"logger": logger}
         check(cfg)
-    run_dir = resume or _run_dir(cfg, choices)
     if (cfg.threads or 1) > MOST_THREADS:  # torch would start them all
         raise ConfigError(f"threads={cfg.threads}; expected at most {MOST_THREADS}, or null for all cores")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     set_random_seed(cfg.seed)  # the global generators: no part here uses them, a user's own may
-    parts_of = _Builder(cfg, choices, run_dir)
     try:
-        loop = parts_of.loop()
+        loop = _Builder(cfg, choices, resume, hold).loop()
     except MemoryError as error:
         raise ConfigError(f"not enough memory: {printable(error)}") from error
+    run_dir = loop.run_dir
+    try:
+        state_of(loop.parts.teacher)
+    except ValueError as error:  # else said when it has answered, and no checkpoint could be written
+        loop.release()
+        raise ConfigError(error) from error
     if resume is None:
         planned = plan_in_words(loop)
         _refuse(lambda: _write_origin(run_dir, cfg, choices, overrides))
@@ -222,10 +235,12 @@ def check_combination(
 
 
 class _Builder:
-    """Builds each part from its node of the config."""
+    """Builds each part from its node of the config; `resume` and `hold`: see `build`."""
 
-    def __init__(self, cfg: DictConfig, choices: dict[str, str], run_dir: Path) -> None:
-        self.cfg, self.choices, self.run_dir = cfg, choices, run_dir
+    def __init__(
+        self, cfg: DictConfig, choices: dict[str, str], resume: Path | None, hold: Callable[[Path], object]
+    ) -> None:
+        self.cfg, self.choices, self.resume, self.hold = cfg, choices, resume, hold
 
     def make(self, group: str, **passed: Any) -> Any:
         node = self.cfg[group]
@@ -259,8 +274,10 @@ class _Builder:
         agent = self.make("agent", env=env, seed=self._seed(3), device=self._device())
         check_combination(cfg, env, reward, query, updater, teacher)
         capacity = feedback.memory_steps
-        preferences, oracle, callback = self._preferences(env), self._oracle(), self._callback()
-        _refuse(lambda: self.run_dir.mkdir(parents=True, exist_ok=True))
+        restored = self.resume is not None and begun(self.resume)  # imported ones among them: no file is needed
+        preferences = Preferences() if restored else self._preferences(env)
+        oracle, callback = self._oracle(), self._callback()
+        self.run_dir = self.resume or self._new_folder()
         refuse_links(self.run_dir)
         parts = Parts(
             agent=agent,
@@ -290,6 +307,25 @@ class _Builder:
             oracle=oracle,
             callback=callback,
         )
+
+    def _new_folder(self) -> Path:
+        """The folder of a new run, made and held; a second one of the default name gets a number."""
+        named = Path(self.cfg.run_dir or _default_folder(self.cfg, self.choices))
+        folder = named
+        for number in itertools.count(2):
+            try:
+                folder.mkdir(parents=True, exist_ok=self.cfg.run_dir is not None)
+                break
+            except FileExistsError as error:
+                if self.cfg.run_dir is not None:  # a file
+                    raise ConfigError(f"run_dir={folder}: {error}; name a folder") from error
+                folder = named.with_name(f"{named.name}-{number}")
+            except OSError as error:
+                raise ConfigError(str(error)) from error
+        self.hold(folder)
+        if (folder / "config.yaml").exists():
+            raise ConfigError(f"run_dir={folder} already holds a run; continue it with resume={folder} or name another")
+        return folder
 
     def _seed(self, part: int) -> int:
         return int(np.random.SeedSequence((self.cfg.seed, part)).generate_state(1)[0])
@@ -322,7 +358,12 @@ class _Builder:
             raise ConfigError(f"feedback.fresh_steps={fresh}; {what}, null, or feedback.fresh_share=0")
 
     def _preferences(self, env: Environment) -> Preferences:
-        about = {"env": self.choices.get("env"), "teacher": self.cfg.teacher._target_, "seed": self.cfg.seed}
+        about = {
+            "env": self.choices.get("env"),
+            "env_config": OmegaConf.to_container(self.cfg.env, resolve=True),
+            "teacher": self.cfg.teacher._target_,
+            "seed": self.cfg.seed,
+        }
         preferences = Preferences(about)
         if self.cfg.import_preferences is not None:
             imported = _refuse(lambda: Preferences.load(self.cfg.import_preferences), "import_preferences")
@@ -381,15 +422,12 @@ class _Builder:
         return CallbackList(callbacks) if callbacks else None
 
 
-def _run_dir(cfg: DictConfig, choices: dict[str, str]) -> Path:
+def _default_folder(cfg: DictConfig, choices: dict[str, str]) -> str:
     for group, choice in choices.items():
         if ".." in Path(str(choice)).parts or Path(str(choice)).is_absolute():
             raise ConfigError(f"{group}={choice} would lead out of the folder of runs; name an option of this group")
     name = f"{choices.get('updater', 'custom')}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(cfg.run_dir or f"runs/{choices.get('env', 'custom')}/{name}")
-    if (run_dir / "config.yaml").exists():
-        raise ConfigError(f"run_dir={run_dir} already holds a run; continue it with resume={run_dir} or name another")
-    return run_dir
+    return f"runs/{choices.get('env', 'custom')}/{name}"
 
 
 def processor() -> str:

@@ -35,10 +35,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pbrl.interfaces import Updater
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check, find_target, options, unknown
 
-GRAMMAR = "expected KEY=VALUE; a value with spaces, commas, brackets or = is quoted twice: 'KEY=\"VALUE\"'"
+GRAMMAR = (
+    "expected KEY=VALUE; a value with spaces, commas, brackets, = or letters beyond a to z is quoted twice: "
+    "'KEY=\"VALUE\"'"
+)
 ALL_CHECKED = 32  # members of a sweep before its first run starts; of a larger one, each value of each swept key once
-MODULE = re.compile(r"[A-Za-z_][\w.]*")
-PLAIN = re.compile(r"(?=.*/)[\w./-]+")  # a path that Hydra's grammar reads as it stands
+MODULE = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
+PLAIN = re.compile(r"(?=.*/)[\w./-]+", re.ASCII)  # a path that Hydra's grammar reads as it stands
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:

@@ -56,7 +56,12 @@ ROLES = {
 }
 LONGEST_MESSAGE = 4000  # characters of an error
 LONGEST_LIST = 600  # characters of a list of names in an error
-MAY_CHANGE = ("total_steps", "checkpoint_every", "threads", "device", "eval.episodes")  # when a run is resumed
+MAY_CHANGE = (  # when a run is resumed
+    *("total_steps", "checkpoint_every", "threads", "device", "eval.episodes"),
+    # where and how its teacher is reached: no answer given is another for it
+    *("teacher.url", "teacher.timeout", "teacher.retries", "teacher.backoff"),
+    *("teacher.host", "teacher.port", "teacher.lease", "teacher.undo_seconds", "teacher.task"),
+)
 
 
 class ConfigError(ValueError):

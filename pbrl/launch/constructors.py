@@ -23,7 +23,7 @@ import yaml
 from hydra.utils import get_object
 
 from pbrl.files import printable
-from pbrl.launch.configuration import CONF, PASSED, ConfigError, type_hints
+from pbrl.launch.configuration import CONF, PASSED, ConfigError, leaves, type_hints
 
 # Stable-Baselines3's callbacks that take neither a path nor an environment nor the name of one
 CALLBACKS = frozenset(
@@ -110,20 +110,25 @@ def needs_trust(config: Any, run_dir: Path | None = None) -> list[str]:
     return sorted({reach.trust for reach in reaches(config, run_dir)})
 
 
-def check_stored(config: Any, run_dir: Path, trust: Sequence[str]) -> None:
+def check_stored(config: Any, where: Path, trust: Sequence[str], run_dir: Path | None = None) -> None:
     """Refuse what a stored config must not ask for; nothing is imported before all of it has been looked at.
+
+    Args:
+        where: the file that holds it. trust, run_dir: see `reaches`.
 
     Raises:
         ConfigError: naming the key, its value and what would allow it.
     """
-    where = run_dir / "config.yaml"
+    for name, value in leaves("", config):
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{where}: {printable(name)}={printable(value)}; a stored config holds plain values only")
     for reach in reaches(config, run_dir):
         if not reach.within(trust):
             what = "is not among" if reach.key.endswith("_target_") else "is outside"
             name = printable(reach.trust)
             raise ConfigError(
-                f"{where}: {reach.key}={printable(reach.value)} {what} what a stored config may name; if you know it "
-                f"and trust this run, add trust=[{name}] (commands other than pbrl.train: --trust {name})"
+                f"{where}: {reach.key}={printable(reach.value)} {what} what a stored config may name; if you know "
+                f"and trust it, add trust=[{name}] (commands other than pbrl.train: --trust {name})"
             )
     for part, node in config.items():
         _check_node(where, part, part, node, trust, set(PASSED.get(part, ())))

@@ -64,11 +64,14 @@ def run(cfg: DictConfig, choices: dict[str, str], overrides: list[str], locked: 
         ConfigError: before anything starts, if the config cannot work.
     """
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        if isinstance(cfg.resume, str) and Path(cfg.resume).is_dir() and not locked:
-            stack.enter_context(lock(Path(cfg.resume)))
-        loop = build(cfg, choices, overrides)
-        if cfg.resume is None and not locked:
-            stack.enter_context(lock(loop.run_dir))
+
+        def hold(run_dir: Path) -> None:
+            if not locked:
+                stack.enter_context(lock(run_dir))
+
+        if isinstance(cfg.resume, str) and Path(cfg.resume).is_dir():
+            hold(Path(cfg.resume))
+        loop = build(cfg, choices, overrides, hold)
         loop.stop, loop.on_asking = (lambda: interrupts.requested), interrupts.set_asking
         resume = train_command(loop.run_dir, trust_of(loop.run_dir))
         complete = False

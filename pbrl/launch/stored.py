@@ -78,10 +78,7 @@ def read_config(
     for group in set(GROUPS) - set(parts):
         del stored[group]
     stored.pop("trust", None)
-    for name, value in leaves("", stored):
-        if isinstance(value, str) and "${" in value:
-            raise ConfigError(f"{path}: {name}={value}; a stored config holds plain values only")
-    check_stored(stored, run_dir, trust)
+    check_stored(stored, path, trust, run_dir)
     cfg = _with_defaults(stored)
     check_own(cfg)
     return cfg, choices

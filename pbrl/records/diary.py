@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pbrl.files import write_atomically
+from pbrl.interfaces import name_of
 from pbrl.parts import Parts
 from pbrl.records.evaluation import (
     PAIR_COLUMNS,
@@ -24,7 +25,7 @@ from pbrl.records.evaluation import (
     pair_rows,
     rank_correlation,
 )
-from pbrl.records.loggers import plain
+from pbrl.records.loggers import numbers, plain
 from pbrl.records.videos import film_pairs, film_states
 from pbrl.schedule import Evaluation, Feedback
 from pbrl.types import Answer, Query
@@ -119,7 +120,8 @@ class Diary:
     def session(self, metrics: dict[str, float], sessions: int) -> None:
         """What came of the session with this number, and how well the reward knows the task now."""
         teacher = self.parts.teacher
-        metrics = metrics | self._counts(sessions) | self._health() | teacher.metrics()
+        told = numbers(teacher.metrics(), f"teacher {name_of(teacher)}")
+        metrics = metrics | self._counts(sessions) | self._health() | told
         if raters := teacher.raters():
             self.parts.preferences.about["raters"] = raters
         values = [
@@ -208,23 +210,23 @@ class Diary:
         }
 
     def _present(self) -> int:
-        """Index of the first step that counts as the present policy's: those of one interval between sessions."""
-        return max(self.parts.rollouts.total - min(self.step, self.feedback.every), 0)
+        """Index of the first step that counts as the present policy's: as many as in an interval between sessions."""
+        return self.parts.rollouts.since_steps(self.feedback.every)
 
     def _health(self) -> dict[str, float]:
         """How the learned reward orders the present policy's segments, against the task's, and what it pays for."""
         rollouts, length, recent = self.parts.rollouts, self.segment_length, self._present()
         metrics: dict[str, float] = {}
-        if len(rollouts.starts(length, recent)):
-            pairs = rollouts.query(HEALTH_PAIRS, length, self.rng, recent)
+        if len(rollouts.starts(length, recent, own=True)):
+            pairs = rollouts.query(HEALTH_PAIRS, length, self.rng, recent, own=True)
             metrics["reward/rank_correlation"] = rank_correlation(self.parts.reward, pairs)
             metrics["reward/recent_accuracy"] = pair_accuracy(self.parts.reward, pairs)
         return metrics | self._over_optimisation()
 
     def _over_optimisation(self) -> dict[str, float]:
         rollouts = self.parts.rollouts
-        recent, kept = rollouts.steps(self._present(), HEALTH_STEPS), rollouts.steps(0, HEALTH_STEPS)
-        return over_optimisation(self.parts.reward, self.step, recent, kept)
+        recent, kept = rollouts.steps(self._present(), HEALTH_STEPS, own=True), rollouts.steps(0, HEALTH_STEPS)
+        return over_optimisation(self.parts.reward, self.step, recent, kept) if len(recent[0]) else {}
 
     def _film(self, name: str, film: Callable[[Path], None]) -> None:
         """Make a video and hand it to the loggers; a machine that cannot draw trains on without."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,22 @@ def plain(value: Any) -> Any:
     """A JSON value: numpy and torch scalars become Python's, non-finite floats become None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(metrics: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What a part of the run reports, unchanged: numbers, as a checkpoint keeps and a curve shows them, or None.
+
+    Raises:
+        ValueError: naming the part, the key and the value.
+    """
+    for key, value in metrics.items():
+        try:
+            number = plain(value)
+        except (ValueError, RuntimeError):  # an array or a tensor of several
+            number = value
+        if not isinstance(number, int | float | None):
+            raise ValueError(f"{part} reports {key}={reprlib.repr(value)}; expected a number, or None if it has none")
+    return dict(metrics)
 
 
 class JsonLines:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pbrl.agent.exploration import StateEntropy
+from pbrl.asking import state_of
 from pbrl.files import printable
 from pbrl.parts import Parts
 from pbrl.preferences import Preferences
@@ -71,7 +72,7 @@ def save(loop: Running) -> None:
         "entropy": loop.entropy.state(),
         "fresh": [loop.session.fresh_from, loop.session.fresh_to],
         "rngs": [rng.bit_generator.state for rng in loop.rngs],
-        "teacher": parts.teacher.state_dict(),
+        "teacher": state_of(parts.teacher),
         "journal": parts.journal.position,
         "metrics_bytes": parts.loggers.local.sync(),
         "seconds": loop.diary.seconds,
@@ -103,6 +104,7 @@ def restore(loop: Running, loaded: Loaded) -> None:
     parts.rollouts.load_state(run["rollouts"])
     if not agent.load_state(loaded.state["agent"]):
         parts.rollouts.interrupt()
+        parts.rollouts.running_return, parts.rollouts.running_length, parts.rollouts.mixed = 0.0, 0, False
         print("this simulator cannot restore its state: its episode starts anew")
     replay.pos, replay.full = run["replay"]
     replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
@@ -144,9 +146,10 @@ def _check(run: dict[str, Any], replay_size: int, written: list[int]) -> None:
     for name, value in counts.items():
         if type(value) is not int or not -1 <= value <= NEVER:  # −1: never yet
             raise ValueError(f"run.json: {name} is {printable(value)}; expected a count")
-    asides = rollouts.get("asides", [])  # not before version 0.2
-    if not isinstance(asides, list) or any(type(x) is not int or not 0 <= x <= rollouts["episodes"] for x in asides):
-        raise ValueError("run.json: asides is no list of episodes")
+    for name in ("asides", "others"):  # not before version 0.2
+        found, last = rollouts.get(name, []), rollouts["episodes"]
+        if not isinstance(found, list) or any(type(x) is not int or not 0 <= x <= last for x in found):
+            raise ValueError(f"run.json: {name} is no list of episodes")
     if any(rows != rollouts["total"] for rows in written):
         raise ValueError(f"run.json counts {rollouts['total']} steps, the manifest {written}")
     numbers = {"seconds": run["seconds"], "running_return": rollouts["running_return"]}

@@ -1,6 +1,6 @@
 """What the second terms without score functions share: the critics' last hidden features on replay rows, by halves.
 
-The critics' features stand for the table of states and actions in `pbrl.bilevel.adjoint`; both critics give an
+The critics' features stand for the table of states and actions in `pbrl.bilevel.adjoint`; each critic gives an
 estimate, and their mean is used. They presume that the critics have settled on the present reward.
 """
 
@@ -21,12 +21,12 @@ BLOCK = 2048  # rows of one pass through the critics
 
 @dataclass(frozen=True)
 class ReplayHalf:
-    """One half's replay rows, B of them, with D features by each of the two critics."""
+    """One half's replay rows, B of them, with D features by each of C critics."""
 
     obs: Tensor  # float32 [B, obs_dim]
     actions: Tensor  # float32 [B, act_dim]
-    features: Tensor  # float32 [2, B, D]
-    following: Tensor  # float32 [2, B, D]: of the next state and an action drawn there; 0 at the end of an episode
+    features: Tensor  # float32 [C, B, D]
+    following: Tensor  # float32 [C, B, D]: of the next state and an action drawn there; 0 at the end of an episode
 
 
 def replay_halves(session: Session, rows: int, rng: np.random.Generator) -> list[ReplayHalf] | None:
@@ -55,7 +55,7 @@ def parity(rows: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def critic_features(policy: PolicyView, obs: Tensor, actions: Tensor) -> Tensor:
-    """The policy's `critic_features` in blocks that stay in the cache: float32 [2, B, D]."""
+    """The policy's `critic_features` in blocks that stay in the cache: float32 [C, B, D]."""
     return torch.cat(
         [policy.critic_features(obs[i : i + BLOCK], actions[i : i + BLOCK]) for i in range(0, len(obs), BLOCK)],
         dim=1,

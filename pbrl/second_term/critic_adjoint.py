@@ -101,16 +101,16 @@ def upper_advantage(
     actions: int,
     rng: np.random.Generator,
 ) -> Tensor:
-    """A_U of the pieces' actions, float32 [B, H]: the mean of both critics' features' answers."""
+    """A_U of the pieces' actions, float32 [B, H]: the mean of the critics' features' answers."""
     rewards = upper.mean(replay.obs, replay.actions)
     obs, taken = pieces.obs[pieces.mask], pieces.actions[pieces.mask]
     others, _ = sampled(policy, obs, actions, rng)
     here = critic_features(policy, obs, taken)
     there = critic_features(policy, with_samples(obs, actions), others.flatten(0, 1)).unflatten(1, (-1, actions))
     found = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
-    for c in (0, 1):
+    for c in range(len(here)):
         w = linear_values(replay.features[c], replay.following[c], rewards, policy.gamma, ridge)
-        found += (here[c] - there[c].mean(1)).double() @ w / 2
+        found += (here[c] - there[c].mean(1)).double() @ w / len(here)
     advantage = torch.zeros(pieces.mask.shape, device=obs.device)
     advantage[pieces.mask] = found.float()
     return advantage

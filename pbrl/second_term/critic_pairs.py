@@ -46,16 +46,17 @@ def critic_pairs_estimate(
     first, second = (
         _values(session, side, rng, compare, actions, device) for side in (preferences.first, preferences.second)
     )
-    margin = first[0] - second[0]  # [2, N]
+    margin = first[0] - second[0]  # [C, N]
     labels = preferences.prefers_first.to(device)
     hits = float(((margin.mean(0) > 0) == (labels > 0.5)).float()[labels != 0.5].mean())
     for half, replay in enumerate(halves):
         own = torch.arange(len(labels), device=device) % 2 == half
         weights = torch.zeros(len(replay.obs), dtype=torch.float64, device=device)
-        for c in (0, 1):
+        for c in range(len(margin)):
             surprise = (labels - torch.sigmoid(margin[c]))[own].double() / own.sum()
             target = surprise @ (first[1][c] - second[1][c])[own].double()
-            weights += adjoint_weights(replay.features[c], replay.following[c], target, policy.gamma, ridge) / 2
+            found = adjoint_weights(replay.features[c], replay.following[c], target, policy.gamma, ridge)
+            weights += found / len(margin)
         parts.append(WeightedRows.of_half(replay.obs, replay.actions, weights, half))
     return Estimate(WeightedRows.cat(parts), metrics={"value_accuracy": hits})
 
@@ -63,7 +64,7 @@ def critic_pairs_estimate(
 def _values(
     session: Session, segments: Segments, rng: np.random.Generator, compare: str, actions: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """value(τ) of each of N segments by both critics, float32 [2, N], and its derivative in Q as features [2, N, D]."""
+    """value(τ) of N segments by each of C critics, float32 [C, N], and its derivative in Q as features [C, N, D]."""
     policy, size = session.policy, len(segments)
     steps = 1 if compare == "value" else segments.length
     obs, taken = (x[:, :steps].flatten(0, 1).to(device) for x in (segments.obs, segments.actions))

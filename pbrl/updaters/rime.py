@@ -104,7 +104,7 @@ class Rime(Updater):
         return self.inner.own_steps(pairs, length) + (self.epochs - 1) * self.inner.own_steps(0, length)
 
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
-        """Denoise and train, epoch by epoch; returns the inner updater's last metrics and the shares kept."""
+        """Denoise and train, epoch by epoch; returns the inner updater's last metrics, its steps, the shares kept."""
         metrics: dict[str, float] = {}
         if not self.warm:
             self.warm = True
@@ -122,10 +122,12 @@ class Rime(Updater):
             share = min((self.done - 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
             _set_rates(reward, [share * rate for rate in rates])
             try:
-                metrics |= self.inner.update(reward, kept, session)
+                found = self.inner.update(reward, kept, session)
             finally:
                 _set_rates(reward, rates)
-            metrics["reward/epochs"] = float(epoch)
+            if "reward/steps" in found:
+                found["reward/steps"] += metrics.get("reward/steps", 0.0)
+            metrics |= found | {"reward/epochs": float(epoch)}
             if epoch >= self.least_epochs and metrics.get("reward/accuracy", 0.0) > self.stop_accuracy:
                 break
         return metrics

@@ -50,8 +50,8 @@ async function ask(path, body) {
       if (!(error instanceof TypeError)) throw error; // no connection
     }
     notice(state && state.training.phase in ENDED ? "" :
-      "No connection to the run. If it was stopped, go on with it and open the link that it prints; " +
-      "this page tries again by itself.");
+      `No connection to the run${path === "api/state" ? "" : ": what you pressed has not arrived"}. If it was stopped, ` +
+      "go on with it and open the link that it prints; this page tries again by itself.");
     await new Promise((done) => setTimeout(done, Math.min(250 * 2 ** attempt, 2000)));
   }
 }
