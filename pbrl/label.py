@@ -97,7 +97,7 @@ def questions(stored: Preferences) -> Query:
 
 def labelled(stored: Preferences, query: Query, teacher: HumanTeacher) -> Preferences:
     """The pairs answered so far, with people's labels."""
-    done, answer = teacher.collect(query, int(time.time()), 0)
+    done, answer = teacher.collect(query, time.time_ns(), 0)
     index = done.nonzero()[:, 0][answer.given]
     chosen = stored.select(index, answer.prefers_first[answer.given])
     chosen.asked = int(done.sum())

@@ -182,6 +182,15 @@ def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: P
     assert len(apart.groups["walker-walk"]) == 3 and not any("Averaged" in note for note in apart.notes)
 
 
+def test_methods_that_were_asked_unequally_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", updater="oracle")
+    short = write_run(tmp_path / "c", updater="penalty", steps=STEPS[STEPS < 30_000])
+    notes = select(find_runs([tmp_path])).notes
+    assert "Asked unequally on walker-walk, questions per run: pebble 600, penalty 300" in notes, short
+    assert not any("unequally" in note for note in select(find_runs([tmp_path / "a", tmp_path / "b"])).notes)
+
+
 def test_a_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"env_step": 1, "eval/return": 2.0}\n{"env_step": 2, "eval/re')

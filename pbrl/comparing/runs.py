@@ -23,6 +23,7 @@ import yaml
 from pbrl.comparing.statistics import Array
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
+UNEQUAL = 1.05  # times as many questions as another method's are told
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
 PARTS = ("updater", *METHOD_CHOICES, "feedback", "pretraining", "segment_length")  # whose values are a method's
@@ -293,6 +294,7 @@ def select(
             "part of the method (--method-keys updater,feedback.budget), or mix them knowingly with --allow-mixed."
         )
     notes += [line for task, methods in groups.items() for line in _averaged(task, methods, keys)]
+    notes += [line for task, methods in groups.items() for line in _unequal(task, methods)]
     ordered = [run for methods in groups.values() for members in methods.values() for run in members]
     names = {run.source: f"r{number:02d}" for number, run in enumerate(ordered, start=1)}
     return Selection(groups, names, notes + [f"Mixed knowingly: {line}" for line in problems], keys, prefix)
@@ -316,6 +318,19 @@ def _averaged(task: str, methods: Mapping[str, Sequence[Run]], keys: Sequence[st
                 f"{shown(', '.join(differing))} ({values}); to tell them apart: --method-keys {apart}"
             )
     return lines
+
+
+def _unequal(task: str, methods: Mapping[str, Sequence[Run]]) -> list[str]:
+    """A line if the methods were not asked alike: a budget may outlast a run whose sessions take steps of their own."""
+    asked = {
+        method: float(np.mean([run.last("feedback/asked") for run in members]))
+        for method, members in methods.items()
+        if members[0].updater != ORACLE
+    }
+    if not asked or not max(asked.values()) > UNEQUAL * min(asked.values()):
+        return []
+    listed = ", ".join(f"{method} {number:.0f}" for method, number in asked.items())
+    return [f"Asked unequally on {task}, questions per run: {listed}"]
 
 
 def _values(node: Mapping[str, Any], above: str = "") -> dict[str, str]:
