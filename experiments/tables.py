@@ -26,7 +26,7 @@ from pbrl.comparing.statistics import Array, area_under_curve, first_reached, im
 STORED = Path(__file__).parent / "results"
 MARK = re.compile(r"<!-- table: ([\w-]+) -->\n((?:[ ]*\|.*\n)*)")
 Table = list[list[str]]
-DEFAULT = "best-convex-displacement"  # Meta-World's, of the runs in `novel`
+DEFAULT = "longer-pretraining"  # Meta-World's, of the runs in `novel`
 SUCCESS = [  # columns of `_success_cells`
     "area under the success curve [95 %]",
     "success over the last fifth [95 %]",

@@ -90,13 +90,13 @@ def test_published_settings_have_the_published_reward() -> None:
 
 
 def test_meta_worlds_networks_and_epochs_of_the_reward_are_the_defaults_alone() -> None:
-    """Smaller, faster, over the answers more often: not in published settings, nor where runs are stored without."""
+    """Smaller, faster, over the answers less often: not in published settings, nor where runs are stored without."""
 
     def fitted(*overrides: str) -> tuple[Any, ...]:
         cfg = config(*overrides)[0]
         return list(cfg.reward.hidden), cfg.reward.learning_rate, cfg.updater.fit.epochs
 
-    assert fitted("env=door-open") == ([128, 128, 128], 1e-3, 40)
+    assert fitted("env=door-open") == ([128, 128, 128], 1e-3, 4)
     assert fitted("env=walker-walk") == ([256, 256, 256], 3e-4, 50)
     before = ([256, 256, 256], 3e-4, 10)
     assert fitted("env=door-open", "experiment=published", "updater=pebble-published") == before
@@ -110,7 +110,9 @@ def pace(*overrides: str) -> dict[str, Any]:
     found = {key: cfg.feedback[key] for key in ("per_session", "every", "schedule")}
     found |= {
         "segment": cfg.segment_length,
+        "decay_to": cfg.feedback.decay_to,
         "pretraining": cfg.pretraining.steps,
+        "whiten": cfg.pretraining.whiten,
         "random": cfg.agent.learning_starts,
     }
     return found | {key: cfg.env.get(key) for key in ("horizon", "action_repeat")}
@@ -171,8 +173,8 @@ def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
 
 @pytest.mark.parametrize("task", ["button-press", "door-open", "window-open"])
 def test_meta_worlds_default_is_what_its_stored_runs_were_run_with(task: str) -> None:
-    """docs/campaign.md, section 9, AS; the budget is what they asked."""
-    runs = sorted((ROOT / "experiments/results/novel" / task).glob("best-convex-displacement-s*"))
+    """docs/campaign.md, section 9, AY; the budget is what they asked."""
+    runs = sorted((ROOT / "experiments/results/novel" / task).glob("longer-pretraining-s*"))
     assert len(runs) == 5
     run_with(runs, f"env={task}")
 
@@ -190,7 +192,9 @@ def run_with(runs: list[Path], *overrides: str) -> None:
     now: Any = OmegaConf.to_container(config(*overrides)[0], resolve=True)
     for run in runs:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
-        assert json.loads((run / "summary.json").read_text())["feedback/labels"] == now["feedback"]["budget"]
+        labels = json.loads((run / "summary.json").read_text())["feedback/labels"]
+        assert labels == now["feedback"]["budget"] <= then["feedback"]["budget"]  # what is not spent decides nothing
+        then["feedback"] |= {"budget": labels, "fresh_steps": now["feedback"]["fresh_steps"]}  # nor what no session takes
         parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
         for name in (*parts, "total_steps", "segment_length", "threads"):
             assert then[name] == now[name], name
