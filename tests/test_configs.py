@@ -194,7 +194,7 @@ def run_with(runs: list[Path], *overrides: str) -> None:
         then: Any = OmegaConf.to_container(read_config(run)[0], resolve=True)
         labels = json.loads((run / "summary.json").read_text())["feedback/labels"]
         assert labels == now["feedback"]["budget"] <= then["feedback"]["budget"]  # what is not spent decides nothing
-        then["feedback"] |= {"budget": labels, "fresh_steps": now["feedback"]["fresh_steps"]}  # nor what no session takes
+        then["feedback"] |= {"budget": labels, "fresh_steps": now["feedback"]["fresh_steps"]}  # nor what takes no steps
         parts = ("env", "agent", "reward", "query", "teacher", "updater", "feedback", "pretraining")
         for name in (*parts, "total_steps", "segment_length", "threads"):
             assert then[name] == now[name], name
