@@ -39,11 +39,9 @@ class Rollouts:
         self.episodes = 0  # index of the episode now running
         self.asides: deque[int] = deque()  # indices, ascending, at which no episode of the policy's own began
         self.others: deque[int] = deque()  # of those, another policy's
-        self.another = False  # policy acts at present
-        self.mixed = False  # another policy acted in the running episode too
+        self.another = False  # whether another policy acts now
+        self._begin()
         self.ended = 0  # counted episodes, since this object was made
-        self.running_return = 0.0
-        self.running_length = 0
         self.finished: deque[tuple[float, int]] = deque(maxlen=10)  # (task return, steps) of the last ten episodes
         self.write_down: Callable[[], None] = lambda: None  # called before a step that would be lost is overwritten
         self.write_every = capacity
@@ -78,7 +76,16 @@ class Rollouts:
                 self.ended += 1
                 if not self.mixed:
                     self.finished.append((self.running_return, self.running_length))
-                self.running_return, self.running_length, self.mixed = 0.0, 0, False
+                self._begin()
+
+    def _begin(self) -> None:
+        self.running_return, self.running_length = 0.0, 0
+        self.mixed = False  # whether another policy acted in the running episode too
+
+    def lose(self) -> None:
+        """The running episode cannot go on: what follows is another one."""
+        self.interrupt()
+        self._begin()
 
     def interrupt(self) -> None:
         """What follows does not continue what was before: no segment may reach across."""

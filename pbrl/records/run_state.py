@@ -103,8 +103,7 @@ def restore(loop: Running, loaded: Loaded) -> None:
     _check(run, replay.buffer_size, [log.written for log in loop.step_logs])
     parts.rollouts.load_state(run["rollouts"])
     if not agent.load_state(loaded.state["agent"]):
-        parts.rollouts.interrupt()
-        parts.rollouts.running_return, parts.rollouts.running_length, parts.rollouts.mixed = 0.0, 0, False
+        parts.rollouts.lose()
         print("this simulator cannot restore its state: its episode starts anew")
     replay.pos, replay.full = run["replay"]
     replay.rewards[: replay.size(), 0] = loaded.arrays["replay_rewards"]
