@@ -185,9 +185,9 @@ def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: P
 def test_methods_that_were_asked_unequally_are_told(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", updater="oracle")
-    short = write_run(tmp_path / "c", updater="penalty", steps=STEPS[STEPS < 30_000])
+    write_run(tmp_path / "c", updater="penalty", steps=STEPS[STEPS < 30_000])
     notes = select(find_runs([tmp_path])).notes
-    assert "Asked unequally on walker-walk, questions per run: pebble 600, penalty 300" in notes, short
+    assert "Asked unequally on walker-walk, questions per run: pebble 600, penalty 300" in notes
     assert not any("unequally" in note for note in select(find_runs([tmp_path / "a", tmp_path / "b"])).notes)
 
 

@@ -309,7 +309,7 @@ def test_labelling_ends_when_nothing_can_be_undone_any_more(
         give(store, "you", 1.0)
     monkeypatch.setattr(label, "time", SimpleNamespace(sleep=pass_time))
     label._until_answered(teacher, query)
-    assert store.finished(pair_keys(query)) == 2 and clock.now > 1013
+    assert store.finished(pair_keys(query), 0.0) == 2 and clock.now > 1013
     teacher.close(complete=True)
 
 

@@ -429,7 +429,7 @@ class LabelStore:
         )
         return [row[0] for row in rows]
 
-    def finished(self, keys: Sequence[str], pause: float = 0.0) -> int:
+    def finished(self, keys: Sequence[str], pause: float) -> int:
         """How many of these questions are used, or complete since at least `pause` seconds."""
         with self._transaction() as db:
             rows = [self._standing(db, key) for key in dict.fromkeys(keys)]
