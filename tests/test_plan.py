@@ -11,9 +11,11 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 
 from pbrl.launch.build import build
+from pbrl.launch.command import composed, prepare
 from pbrl.launch.configuration import ConfigError
 from pbrl.launch.one_run import print_summary, run
 from pbrl.launch.stored import lock
+from pbrl.loop import Loop
 from tests.conftest import TINY, config, finish, rows, tiny_loop
 
 DENSE = ("updater=aparl", "updater.implicit.estimator=off", "feedback.budget=200", "feedback.per_session=5")
@@ -128,15 +130,19 @@ def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
 def test_a_judge_who_has_moved_is_found_again(tmp_path: Path) -> None:
     run_dir, old, new = tmp_path / "run", "http://127.0.0.1:9/label", "http://127.0.0.1:10/label?a=b"
     tiny_loop(run_dir, "teacher=http", f"teacher.url={old}").release()
-    for changes, trusted in ((["++teacher.url=" + new, "++teacher.timeout=5"], old), ([], new)):
-        overrides = [f"resume={run_dir}", f"trust=['{trusted}']"]
-        loop = build(*config(*TINY, *overrides), [*overrides, *changes])
+
+    def again(*typed: str) -> Loop:
+        overrides = prepare([f"resume={run_dir}", *typed])
+        return build(composed(overrides), {"env": "pointmass"}, overrides)
+
+    for changes, trusted in ([f"teacher.url='{new}'", "teacher.timeout=5"], old), ([], new):
+        loop = again(f"trust=['{trusted}']", *changes)
         loop.release()
         assert (loop.parts.teacher.url, loop.parts.teacher.timeout) == (new, 5)
     with pytest.raises(ConfigError, match=r"teacher.frames=2 \(these can: .*teacher.url, .*Start a new run"):
-        build(*config(*TINY, *overrides), [*overrides, "++teacher.frames=2"])
+        again(f"trust=['{new}']", "teacher.frames=2")
     with pytest.raises(ConfigError, match=r"key teacher.port does not exist"):
-        build(*config(*TINY, *overrides), [*overrides, "++teacher.port=1"])
+        again(f"trust=['{new}']", "teacher.port=1")
 
 
 def test_the_bar_moves_while_fresh_steps_are_taken(tmp_path: Path) -> None:

@@ -28,7 +28,16 @@ from pbrl.asking import AnswerJournal, state_of
 from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
-from pbrl.launch.configuration import ConfigError, check, check_arguments, check_resumed, find_target, is_role
+from pbrl.launch.configuration import (
+    ConfigError,
+    check,
+    check_arguments,
+    check_own,
+    find_target,
+    is_role,
+    resumed,
+    resumed_changes,
+)
 from pbrl.launch.shipped import changed
 from pbrl.launch.stored import changes, read_config, refuse_links
 from pbrl.loop import Loop
@@ -62,12 +71,15 @@ def build(
     Raises:
         ConfigError: one line naming the key, its value and what is expected.
     """
-    check(cfg)
-    resume = None if cfg.resume is None else Path(cfg.resume)
-    if resume is not None:
-        logger = choices.get("logger", "custom")
+    resume = None
+    if cfg.resume is None:
+        check(cfg)
+    else:  # composed of the default's options, which are none of the stored run's: what changes is checked with those
+        typed = resumed_changes(overrides)
+        check_own(cfg)
+        resume, logger = Path(cfg.resume), choices.get("logger", "custom")
         stored, choices = read_config(resume, list(cfg.trust))
-        cfg = check_resumed(stored, cfg, overrides)
+        cfg = resumed(stored, cfg, typed)
         choices |= {} if cfg.logger == stored.logger else {"logger": logger}
         check(cfg)
     if (cfg.threads or 1) > MOST_THREADS:  # torch would start them all

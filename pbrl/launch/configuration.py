@@ -366,11 +366,8 @@ def _word(kind: type) -> str:
     return {type(None): "null", ListConfig: "list", DictConfig: "table"}.get(kind, kind.__name__)
 
 
-def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """The stored config with what may change when a run is resumed (`resume=RUN total_steps=…`).
-
-    Args:
-        composed: what the overrides make of the default config; its logger is taken if they name one.
+def resumed_changes(overrides: list[str]) -> list[str]:
+    """Of the overrides of a resumed run those that change its config.
 
     Raises:
         ConfigError: naming each key that may not change.
@@ -383,9 +380,19 @@ def check_resumed(stored: DictConfig, composed: DictConfig, overrides: list[str]
             f"a resumed run keeps its config; these cannot change: {', '.join(refused)} "
             f"(these can: {', '.join(MAY_CHANGE)}, logger). Start a new run instead"
         )
+    return changes
+
+
+def resumed(stored: DictConfig, composed: DictConfig, changes: list[str]) -> DictConfig:
+    """The stored config with what changes when a run is resumed (`resume=RUN total_steps=…`).
+
+    Args:
+        composed: what the overrides make of the default config; its logger is taken if they name one.
+        changes: see `resumed_changes`.
+    """
     plain = [change for change in changes if not change.startswith("logger")]
-    resumed = OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))
-    assert isinstance(resumed, DictConfig)
+    merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(plain))
+    assert isinstance(merged, DictConfig)
     if plain != changes:
-        resumed.logger = composed.logger
-    return resumed
+        merged.logger = composed.logger
+    return merged
