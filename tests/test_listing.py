@@ -49,6 +49,7 @@ def test_the_keys_of_help_are_those_of_the_config() -> None:
     for key in config()[0]:
         if key not in LISTED:
             assert f"{key}:" in shown
+    assert max(len(line) for line in shown.splitlines()) < 150
 
 
 @pytest.mark.slow

@@ -75,11 +75,10 @@ def build(
     if cfg.resume is None:
         check(cfg)
     else:  # composed of the default's options, which are none of the stored run's: what changes is checked with those
-        typed = resumed_changes(overrides)
         check_own(cfg)
         resume, logger = Path(cfg.resume), choices.get("logger", "custom")
         stored, choices = read_config(resume, list(cfg.trust))
-        cfg = resumed(stored, cfg, typed)
+        cfg = resumed(stored, cfg, resumed_changes(overrides))
         choices |= {} if cfg.logger == stored.logger else {"logger": logger}
         check(cfg)
     if (cfg.threads or 1) > MOST_THREADS:  # torch would start them all

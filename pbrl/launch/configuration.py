@@ -133,8 +133,7 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
     default = OmegaConf.load(CONF / "train.yaml")
     assert isinstance(default, DictConfig)
     top = ({str(key) for key in default} - {"defaults", "hydra"}) | set(GROUPS)
-    for key in sorted(top - {str(key) for key in cfg}):
-        raise ConfigError(f"{key} is missing; it cannot be taken out with ~{key}, only set to another value")
+    _check_all_there(top, cfg)
     _check_resolves(cfg)
     plain = OmegaConf.to_container(cfg)  # what refers to a missing value is not itself missing
     missing = next((name for name, value in leaves("", plain) if value == "???"), None)
@@ -152,6 +151,7 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
         for key in map(str, cfg[section]):
             if key not in default[section]:
                 raise unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in default[section]])
+        _check_all_there(default[section], cfg[section], f"{section}.")
     for group in GROUPS:
         if not isinstance(cfg[group], DictConfig) or (group != "logger" and "_target_" not in cfg[group]):
             raise ConfigError(
@@ -165,6 +165,11 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
                 f"callbacks[{i}]={shown(callback)}; expected a table: callbacks=[{{_target_: my_module.MyCallback}}]"
             )
         check_arguments(f"callbacks[{i}]", callback)
+
+
+def _check_all_there(needed: Iterable[Any], section: DictConfig, prefix: str = "") -> None:
+    for key in sorted({f"{prefix}{key}" for key in needed} - {f"{prefix}{key}" for key in section}):
+        raise ConfigError(f"{key} is missing; it cannot be taken out with ~{key}, only set to another value")
 
 
 def check_own(cfg: DictConfig) -> None:
