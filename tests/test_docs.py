@@ -18,7 +18,7 @@ from pbrl.launch.command import prepare
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {  # commands that are not Python modules of ours, and who runs them
     "pip": ".ci/run, word for word",
     "pytest": ".ci/run, word for word",
