@@ -450,8 +450,12 @@ def test_an_estimator_that_cannot_work_is_refused_by_name(wrong):
     "overrides",
     [
         [],
-        ["updater.gate=off", "updater.clip=.inf", "updater.implicit.estimator=covariance"],
-        ["updater.gate=off", "updater.utility={_target_: experiments.energy.Energy}"],
+        pytest.param(
+            ["updater.gate=off", "updater.clip=.inf", "updater.implicit.estimator=covariance"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["updater.gate=off", "updater.utility={_target_: experiments.energy.Energy}"], marks=pytest.mark.slow
+        ),
     ],
     ids=["default", "raw-covariance", "energy"],
 )

@@ -99,7 +99,7 @@ def check_generated(seed: int, count: int) -> None:
 
 
 def test_generated_overrides_make_no_traceback(elsewhere: Path) -> None:
-    check_generated(0, 15)
+    check_generated(0, 5)
 
 
 @pytest.mark.slow

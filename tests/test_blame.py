@@ -32,6 +32,7 @@ def test_the_run_goes_on_paid_by_the_task(tiny_run: Path, tmp_path: Path) -> Non
     assert [row["env_step"] for row in written[len(before) :] if "eval/return" in row] == [start, start + 60]
 
 
+@pytest.mark.slow
 def test_a_pay_that_moves_stays_behind(tmp_path: Path) -> None:
     """RUNE's bonus is weighed anew at every draw: nothing of it may reach an agent that the task pays."""
     run = tmp_path / "run"
@@ -55,6 +56,7 @@ def test_a_new_agent_is_paid_by_the_last_reward(tiny_run: Path, tmp_path: Path) 
     assert not any("feedback/session" in row for row in rows(tmp_path / "anew"))
 
 
+@pytest.mark.slow
 def test_the_command_does_both_and_refuses_in_a_line(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +74,7 @@ def test_the_command_does_both_and_refuses_in_a_line(
         assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parts_of_ones_own_are_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, to = tmp_path / "run", tmp_path / "both"
     finish(tiny_loop(run, "teacher._target_=tests.test_blame.first"))
@@ -81,6 +84,7 @@ def test_parts_of_ones_own_are_named_again(tmp_path: Path, capsys: pytest.Captur
     assert main([*command, "--trust", "tests.test_blame"]) == 0
 
 
+@pytest.mark.slow
 def test_a_refused_copy_does_not_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, to = tmp_path / "run", tmp_path / "both"
     finish(tiny_loop(run, "feedback.memory_steps=100"))

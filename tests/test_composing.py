@@ -20,6 +20,7 @@ class Stateless(PointMass):
         self.state_size = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -89,9 +89,10 @@ def test_what_hardly_varies_does_not_count_as_new() -> None:
 
 
 def test_a_whitened_run_resumes_in_the_midst_of_pretraining_bit_for_bit(tmp_path: Path) -> None:
-    finish(stopped_and_resumed(tmp_path, 155, "pretraining.whiten=true"))
+    short = ("total_steps=300", "pretraining.steps=150")
+    finish(stopped_and_resumed(tmp_path, 155, "pretraining.whiten=true", *short))
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
-    finish(tiny_loop(tmp_path / "raw"))
+    finish(tiny_loop(tmp_path / "raw", *short))
     assert rows(tmp_path / "raw") != rows(tmp_path / "whole")
 
 

@@ -230,8 +230,14 @@ class Draws:
         """There is nothing to end."""
 
 
-@pytest.mark.parametrize("every_command", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack["name"])
+@pytest.mark.parametrize(
+    ("attack", "every_command"),
+    [
+        *(pytest.param(attack, True, marks=pytest.mark.slow) for attack in ATTACKS),
+        *((attack, False) for attack in ATTACKS[::4]),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "all" if value else "resume",
+)
 def test_an_attack_is_refused_in_a_line_or_does_nothing(
     attack: dict[str, Any],
     every_command: bool,

@@ -26,7 +26,14 @@ class Poisoner(Teacher):
         return answer
 
 
-@pytest.mark.parametrize("overrides", [[], ["query=k-center-disagreement"], ["agent.hybrid_ratio=0.5"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["query=k-center-disagreement"], marks=pytest.mark.slow),
+        pytest.param(["agent.hybrid_ratio=0.5"], marks=pytest.mark.slow),
+    ],
+)
 def test_training_does_not_notice_when_the_task_reward_is_poisoned(tmp_path: Path, overrides: list[str]) -> None:
     one_session = ["feedback.budget=5", *overrides]  # a second one would ask the teacher about poisoned rewards
     clean, poisoned = tiny_loop(tmp_path / "a", *one_session), tiny_loop(tmp_path / "b", *one_session)

@@ -107,7 +107,8 @@ def test_the_permutation_test_is_calibrated() -> None:
     assert p_value(np.arange(20.0) + 3, np.arange(20.0), rng) < LEVEL
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "pebble" else pytest.mark.slow) for n in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_the_method_solves_the_point_mass(tmp_path: Path, name: str) -> None:
     """Better than random, and better than halfway from random to optimal, both at the level above."""
     loop = tiny_loop(tmp_path / "run", *SMALL, *METHODS[name])

@@ -118,6 +118,7 @@ class Bare(Own):
         super().__init__(run_dir, run_config, choices, "none")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_another_logger_and_keeps_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     loop = tiny_loop(run_dir)

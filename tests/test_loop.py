@@ -337,8 +337,8 @@ def raises(_: Answer) -> Answer:
     [
         (raises, "lost my glasses"),
         (lambda good: Answer(good.prefers_first[:2], good.given[:2]), "shape"),
-        (lambda good: Answer(good.prefers_first + 1, good.given), "pair 0 is 2"),
-        (lambda good: Answer(good.prefers_first.double(), good.given), "float64"),
+        pytest.param(lambda good: Answer(good.prefers_first + 1, good.given), "pair 0 is 2", marks=pytest.mark.slow),
+        pytest.param(lambda good: Answer(good.prefers_first.double(), good.given), "float64", marks=pytest.mark.slow),
     ],
 )
 def test_a_teacher_that_fails_stops_the_run_by_name_after_saving(tmp_path: Path, bad, message: str) -> None:

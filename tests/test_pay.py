@@ -216,7 +216,9 @@ def test_a_reward_of_observations_is_blind_to_actions(normalise: bool) -> None:
         np.testing.assert_allclose(member, expected[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("updater", ["aparl", "penalty", "surf", "rime", "mrn"])
+@pytest.mark.parametrize(
+    "updater", ["mrn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aparl", "penalty", "surf", "rime"))]
+)
 def test_every_updater_learns_a_reward_of_observations(tmp_path: Path, updater: str) -> None:
     folder = tmp_path / "run"
     loop = tiny_loop(folder, f"updater={updater}", "reward.sees_actions=false", "reward.normalise=true")
@@ -233,8 +235,8 @@ def test_every_updater_learns_a_reward_of_observations(tmp_path: Path, updater: 
 @pytest.mark.parametrize(
     "options",
     [
-        (),
-        ("reward=reed", "reward.embedding=16", "reward.max_updates=5"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("reward=reed", "reward.embedding=16", "reward.max_updates=5"), marks=pytest.mark.slow),
         ("reward.sees_actions=false", "reward.convexity=2"),
     ],
 )

@@ -210,10 +210,8 @@ def test_the_critics_last_layers_are_linear_in_the_features(tmp_path):
     loop.release()
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    ["critic-pairs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("critic-adjoint", "low-dimensional"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["critic-pairs", "critic-adjoint", "low-dimensional"])
 def test_behind_a_closed_gate_it_leaves_the_run_as_it_was(estimator, tmp_path):
     found = []
     for name in (estimator, "off"):

@@ -18,6 +18,7 @@ from tests.conftest import config, finish, rows, tiny_loop
 from tests.films import read_film
 
 
+@pytest.mark.slow
 def test_training_does_not_notice_that_it_is_filmed(tmp_path: Path, tiny_run: Path) -> None:
     run_dir = tmp_path / "run"
     finish(tiny_loop(run_dir, "eval.video=true", "feedback.video=true"))
