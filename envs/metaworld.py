@@ -1,7 +1,8 @@
 """Meta-World v3 (Yu et al., CoRL 2020; McLean et al., 2025) in the protocol of B-Pref (Lee et al., 2021).
 
-The object stands elsewhere after each reset, the goal is hidden (the last three observations are 0), an episode has 500
-steps and success does not end it. Meta-World's own `reset(seed=…)` is ignored by it; here seeds work.
+The object stands elsewhere after each reset, the goal is hidden (the last three observations are 0), an episode has
+`horizon` control steps (the benchmark's: 500) and success does not end it. Meta-World's own `reset(seed=…)` is ignored by
+it; here seeds work.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class MetaWorld(SimulatorEnv):
     Args:
         task: name without `-v3`, such as "door-open".
         horizon: control steps per episode; without it, the benchmark's.
-        reward_version: "v2" (0 to 10 per step) or "v1".
+        reward_version: "v2" (0 to 10 per control step, of which an environment step sums `action_repeat`) or "v1".
         seed: first seed; see SimulatorEnv.
         action_repeat: control steps for which an action is held; each makes one environment step.
         displacement: append how far the frame's 18 numbers (hand, gripper, objects) are from those that the episode

@@ -98,7 +98,7 @@ def train_epochs(
         loss: see `MemberLoss`.
         size: number of pairs; 0 trains nothing.
         batch_size: pairs per member and step.
-        max_epochs: passes over the data at the most.
+        max_epochs: passes over the data at the most, unless `least_steps` are more.
         stop_accuracy: in [0, 1]; above 1 means never.
         rng: shuffles.
         extra_gradient: called after each backward pass and before the step; may change the gradients.
@@ -164,7 +164,8 @@ class Fitting:
     Its values stand in `pbrl/conf/fit`: `ours`, and `published`, which is B-Pref's.
 
     Args:
-        epochs: passes over the answers at the most, ≥ 1; not used where `steps_per_label` is given.
+        epochs: passes over the answers at the most, ≥ 1, unless `least_steps` are more; not used where
+            `steps_per_label` is given.
         batch_size: pairs per member and step, ≥ 1.
         even_batches: see `train_epochs`.
         stop_accuracy: stop after the first epoch above it; above 1: never.

@@ -29,8 +29,9 @@ class Updater(ABC):
     """How answers become a better reward. One file per method; everything but `update` is optional.
 
     Attributes:
-        pairs: where the questions come from: "buffer" (recent episodes), "fresh" (the present policy is rolled out for
-            them before each session) or "none" (no questions: the agent is paid the task's own reward).
+        pairs: where the questions come from: "buffer" (everything kept, or `query.recent_episodes` of it), "fresh" (the
+            present policy is rolled out before each session, and `feedback.fresh_share` of them are about that) or
+            "none" (no questions: the agent is paid the task's own reward).
         margin: environment steps kept around each segment (SURF's crops).
         between_every: environment steps between two calls of `between`; None: never.
     """

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from pbrl.launch.configuration import CONF, GROUPS, options
 
-LISTED = (*GROUPS, "launcher", "experiment")
+LISTED = (*GROUPS, "fit", "launcher", "experiment")
 PURPOSE = {
     "env": "the task",
     "agent": "the SAC that learns to act",
@@ -20,8 +20,9 @@ PURPOSE = {
     "teacher": "who answers",
     "updater": "how answers change the reward",
     "logger": "where numbers go beside metrics.jsonl",
+    "fit": "how an updater fits answers",
     "launcher": "where the runs of a sweep are computed",
-    "experiment": "a setting as published, or a quick one",
+    "experiment": "settings as published, a quick one, to teach by hand, and of first light's comparison",
 }
 
 
@@ -39,7 +40,8 @@ def listing(groups: tuple[str, ...] = LISTED) -> str:
         names = options(group)
         width = max(map(len, names))
         lines = [f"  {name:{width}}  {description(group, name)}".rstrip() for name in names]
-        blocks.append("\n".join([f"{group}=…  {PURPOSE[group]}", *lines]))
+        typed = "fit@updater.fit" if group == "fit" else group
+        blocks.append("\n".join([f"{typed}=…  {PURPOSE[group]}", *lines]))
     return "\n\n".join(blocks)
 
 

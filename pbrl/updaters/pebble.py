@@ -14,7 +14,7 @@ class Pebble(Updater):
 
     Args:
         fit: how they are fitted.
-        pairs: "buffer" asks about recent episodes, "fresh" about rollouts of the present policy.
+        pairs: "buffer" or "fresh", see `pbrl.interfaces.Updater`.
 
     Raises:
         ValueError: for other pairs.
