@@ -1,8 +1,8 @@
 """Meta-World v3 (Yu et al., CoRL 2020; McLean et al., 2025) in the protocol of B-Pref (Lee et al., 2021).
 
 The object stands elsewhere after each reset, the goal is hidden (the last three observations are 0), an episode has
-`horizon` control steps (the benchmark's: 500) and success does not end it. Meta-World's own `reset(seed=…)` is ignored by
-it; here seeds work.
+`horizon` control steps (the benchmark's: 500) and success does not end it. Meta-World's own `reset(seed=…)` is ignored
+by it; here seeds work.
 """
 
 from __future__ import annotations
