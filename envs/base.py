@@ -73,6 +73,7 @@ class SimulatorEnv(gym.Env, ABC):
         self._episode_seed = -1  # none yet
         self._elapsed = 0
         self._over = True
+        self._cut = False  # by the environment itself, before the horizon
         if seed is not None:
             super().reset(seed=seed)
 
@@ -80,23 +81,23 @@ class SimulatorEnv(gym.Env, ABC):
         """Begin an episode. The same `seed` gives the same episodes, this one and those after it."""
         super().reset(seed=seed)
         self._episode_seed = int(self.np_random.integers(2**32))
-        self._elapsed, self._over = 0, False
+        self._elapsed, self._over, self._cut = 0, False, False
         return self._start(self._episode_seed).astype(np.float32), {}
 
     def step(self, action: NDArray[Any]) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
-        """One environment step. `terminated`: the task ended; `truncated`: `horizon` steps are over."""
+        """One environment step. `terminated`: the task ended; `truncated`: `horizon` steps are over, or it was cut."""
         if self._over:
             raise ResetNeeded("the episode is over or was never begun; call reset() first")
         control = np.asarray(action, dtype=np.float64)
         obs, reward, terminated, info = self._advance(control)
         for _ in range(self.action_repeat - 1):
-            if terminated:
+            if terminated or self._cut:
                 break
             obs, more, terminated, later = self._advance(control)
             reward = reward + more
             info = {key: max(value, info.get(key, value)) for key, value in later.items()}
         self._elapsed += 1
-        truncated = self._elapsed >= self.horizon
+        truncated = self._elapsed >= self.horizon or self._cut
         self._over = terminated or truncated
         return obs.astype(np.float32), float(reward), terminated, truncated, info
 
@@ -133,7 +134,7 @@ class SimulatorEnv(gym.Env, ABC):
         if episode_seed != self._episode_seed:
             self._episode_seed = episode_seed
             self._start(episode_seed)
-        self._over = self._elapsed >= self.horizon
+        self._over, self._cut = self._elapsed >= self.horizon, False
         return self._load(np.array(state[_HEADER:], dtype=np.float64)).astype(np.float32)
 
     @abstractmethod

@@ -55,7 +55,7 @@ def load_parts(run_dir: Path, trust: Sequence[str] = ()) -> tuple[PreferenceSAC,
     try:
         env = as_environment(instantiate(cfg.env, _convert_="all"))
         agent = instantiate(cfg.agent, env=env, seed=0, device="cpu", _convert_="all")
-        agent.policy.load_state_dict(loaded.state["agent"]["policy"])
+        agent.load_learned(loaded.state["agent"])
         agent.num_timesteps = loaded.run["step"]
         sizes = {"obs_dim": env.observation_space.shape[0], "act_dim": env.action_space.shape[0]}
         reward = instantiate(cfg.reward, **sizes, seed=0, _convert_="all")

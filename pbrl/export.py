@@ -38,7 +38,6 @@ from pbrl.files import TEXT_BYTES, read_bounded
 from pbrl.records.checkpoint import CheckpointError
 from pbrl.records.evaluation import act, episode
 from pbrl.reward import Layers
-from pbrl.standardise import Standardise
 
 CHECKED = 256  # random inputs on which an export must agree
 TOLERANCE = 1e-5
@@ -87,31 +86,12 @@ class PaidReward(nn.Module):
 
 
 def _static(module: nn.Module) -> nn.Module:
-    """A copy in which no branch depends on a buffer: inputs are standardised or they are not."""
+    """A copy in full precision."""
     copied = copy.deepcopy(module)
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Layers):
-                child.bf16 = False
-            elif isinstance(child, Standardise):
-                setattr(parent, name, _Scaled(child) if child.on and child.known else nn.Identity())
+    for child in copied.modules():
+        if isinstance(child, Layers):
+            child.bf16 = False
     return copied.eval().requires_grad_(False)
-
-
-class _Scaled(nn.Module):
-    """`Standardise` whose statistics are known."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, known: Standardise) -> None:
-        super().__init__()
-        self.clip = known.clip
-        self.register_buffer("mean", known.mean.clone())
-        self.register_buffer("deviation", known.deviation.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self.deviation).clamp(-self.clip, self.clip)
 
 
 def write_network(module: nn.Module, inputs: dict[str, int], outputs: Sequence[str], stem: Path, seed: int = 0) -> None:

@@ -50,6 +50,7 @@ class QueryRule(ABC):
     best_share: float = 0.0
 
     from_the_start = False  # chooses the first session's pairs too; else those are random
+    compares_members = False  # makes sense only with several reward networks
 
     def __post_init__(self) -> None:
         recent = self.recent_episodes
@@ -66,11 +67,6 @@ class QueryRule(ABC):
                 "false, or a number for query.recent_episodes",
             ),
         )
-
-    @property
-    def compares_members(self) -> bool:
-        """Whether it makes sense only with several reward networks."""
-        return False
 
     @abstractmethod
     def __call__(
@@ -130,10 +126,7 @@ class Score(QueryRule):
         super().__post_init__()
         if self.score not in SCORES:
             raise ValueError(f"query.score={self.score}; expected one of {', '.join(SCORES)}")
-
-    @property
-    def compares_members(self) -> bool:
-        return self.score == "disagreement"
+        self.compares_members = self.score == "disagreement"
 
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator
@@ -248,10 +241,7 @@ class KCenter(QueryRule):
         super().__post_init__()
         if self.score is not None and self.score not in SCORES:
             raise ValueError(f"query.score={self.score}; expected null or one of {', '.join(SCORES)}")
-
-    @property
-    def compares_members(self) -> bool:
-        return self.score == "disagreement"
+        self.compares_members = self.score == "disagreement"
 
     def __call__(
         self, candidates: Query, count: int, reward: RewardEnsemble, asked: Preferences, rng: np.random.Generator

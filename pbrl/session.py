@@ -66,10 +66,6 @@ class AgentSession:
             self._collect(steps)
         return self.rollouts.episodes_between(start, self.rollouts.total)
 
-    def branches(self, starts: int, branches: int, length: int) -> Segments:
-        first = self._branch_starts(starts, branches, length, self.rng)
-        return self.rollouts.segments(first.reshape(-1), length)
-
     def branches_from(self, states: Tensor, branches: int, length: int) -> Segments:
         first = [[self._branch(state, length) for _ in range(branches)] for state in states.numpy()]
         return self.rollouts.segments(np.array(first).reshape(-1), length)

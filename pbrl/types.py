@@ -316,15 +316,12 @@ class Session(Protocol):
     def rollout(self, theta: Params, steps: int) -> list[Segments]:
         """Run the policy theta for `steps` environment steps (counted, kept in replay): Segments [1, T, ...] each."""
 
-    def branches(self, starts: int, branches: int, length: int) -> Segments:
-        """From `starts` stored simulator states, `branches` continuations each by the present policy.
-
-        The steps are counted as environment steps. Segments [starts * branches, length, ...], those of one start
-        beside each other.
-        """
-
     def branches_from(self, states: Tensor, branches: int, length: int) -> Segments:
-        """The same from given simulator states, float64 [K, S] (`Preferences.states`): [K * branches, length, ...]."""
+        """From simulator states, float64 [K, S] (`Preferences.states`), continuations by the present policy.
+
+        The steps are counted as environment steps. Segments [K * branches, length, ...], those of one start beside each
+        other.
+        """
 
     def transitions(self, count: int, rng: np.random.Generator | None = None) -> Mapping[str, Tensor]:
         """`count` random replay rows, drawn by `rng` (None: the updater's own): obs, actions, next_obs, not_done

@@ -171,15 +171,31 @@ def test_unfinished_runs_are_left_out_or_cut_the_curves(tmp_path: Path) -> None:
 def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: Path) -> None:
     named = {"reward": "ensemble"}
     for seed, convexity in enumerate((0.0, 0.0, 3)):
-        reward = {"convexity": convexity, "members": 3}
+        reward = {"_target_": "pbrl.reward.RewardEnsemble", "convexity": convexity, "members": 3}
         write_run(tmp_path / str(seed), seed=seed, reward=reward, query={"pool": 10}, choices=named)
-    write_run(tmp_path / "old", seed=3, reward={"members": 3.0}, choices=named)  # before the key, which tells nothing
+    ours = {"_target_": "pbrl.reward.RewardEnsemble", "members": 3.0}
+    write_run(tmp_path / "old", seed=3, reward=ours, choices=named)  # before the key: as its constructor has it
     selection = select(find_runs([tmp_path]))
     (note,) = (note for note in selection.notes if "Averaged" in note)
     assert "pebble on walker-walk, although its runs differ in reward.convexity (0.0, 3.0)" in note
     assert note.endswith("--method-keys updater,reward.convexity")
     apart = select(find_runs([tmp_path]), ["updater", "reward.convexity"])
     assert len(apart.groups["walker-walk"]) == 3 and not any("Averaged" in note for note in apart.notes)
+
+
+def test_what_an_older_run_does_not_name_is_what_it_did(tmp_path: Path) -> None:
+    """Absent is 0: one method with 0, another than 3; and one task, whether its config says what is the case or not."""
+    ours = {"_target_": "pbrl.reward.RewardEnsemble"}
+    walker = {"_target_": "envs.dm_control.DMControl", "domain": "walker", "task": "walk"}
+    write_run(tmp_path / "old", seed=0, reward=ours, env=walker, choices={"reward": "ensemble"})
+    for seed, convexity in ((1, 0.0), (2, 3.0)):
+        reward = {**ours, "convexity": convexity}
+        folder = tmp_path / "new" / str(seed)
+        write_run(folder, seed=seed, reward=reward, env={**walker, "action_repeat": 1}, choices={"reward": "ensemble"})
+    alike = select(find_runs([tmp_path / "old", tmp_path / "new/1"]))
+    assert list(alike.groups) == ["walker-walk"] and not any("Averaged" in note for note in alike.notes)
+    (note,) = (note for note in select(find_runs([tmp_path / "old", tmp_path / "new/2"])).notes if "Averaged" in note)
+    assert "reward.convexity (0.0, 3.0)" in note
 
 
 def test_methods_that_were_asked_unequally_are_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
@@ -306,6 +307,34 @@ def test_suite_observations_keep_the_suites_order_and_actions_its_range():
     quadruped.reset(seed=0)
     quadruped.step(np.ones(12, np.float32))
     np.testing.assert_allclose(quadruped._env.physics.control(), spec.maximum)
+
+
+class Short(gymnasium.Env):
+    """Ends its episodes itself, after three steps."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Box(-2, 2, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(2, np.float32), 1.0, False, self.steps >= 3, {}
+
+
+def test_an_environment_that_ends_its_episodes_itself_is_heard():
+    gymnasium.register("Short-v0", Short, max_episode_steps=100)
+    try:
+        env = GymEnv("Short-v0")
+    finally:
+        gymnasium.registry.pop("Short-v0")
+    for _ in range(2):
+        env.reset()
+        assert [env.step(np.zeros(1))[2:4] for _ in range(3)] == [(False, False), (False, False), (False, True)]
+        with pytest.raises(ResetNeeded):
+            env.step(np.zeros(1))
 
 
 def test_gymnasium_actions_are_rescaled():

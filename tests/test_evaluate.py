@@ -12,6 +12,7 @@ from experiments import precision
 from pbrl.evaluate import load_run, main
 from pbrl.records.evaluation import act, evaluate
 from pbrl.records.videos import SIZE
+from tests.conftest import finish, tiny_loop
 from tests.films import read_film
 
 
@@ -65,3 +66,17 @@ def test_the_error_of_bf16_is_told_apart_from_the_spread_over_actions(
         precision.main([str(tmp_path)])
     assert capsys.readouterr().err.endswith(f"error: {tmp_path}: there is no run (no config.yaml in it)\n")
     assert table.read_text().splitlines()[1] == ",".join(str(value) for value in found.values())
+
+
+def test_a_loaded_agent_can_be_trained_further(tmp_path: Path) -> None:
+    """The statistics that it sees observations in go on from the run's, and so does its temperature."""
+    loop = tiny_loop(tmp_path / "run", "agent.normalise=true")
+    finish(loop)
+    agent, _ = load_run(tmp_path / "run")
+    assert agent.seen is not None and loop.agent.seen is not None
+    assert agent.seen.count == loop.agent.seen.count > 600
+    assert torch.equal(agent.log_ent_coef, loop.agent.log_ent_coef)  # type: ignore[arg-type]
+    states = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    before = np.stack([act(agent, obs) for obs in states])
+    agent.collect(3, updates=0)
+    np.testing.assert_allclose(np.stack([act(agent, obs) for obs in states]), before, atol=0.02)

@@ -21,6 +21,7 @@ from pbrl.comparing.runs import Run
 from pbrl.evaluate import load_parts
 from pbrl.export import ExportError, MeanPolicy, Measured, PaidReward, _require_same, card, main
 from pbrl.launch.configuration import ConfigError
+from pbrl.loop import Stopped
 from pbrl.records.evaluation import act
 from tests.conftest import TINY, finish, tiny_loop
 
@@ -72,6 +73,40 @@ def test_the_learned_reward_pays_as_the_run_paid(cautious_run: Path) -> None:
         np.testing.assert_array_equal(obs, expected)
         assert [terminated, truncated] == ended
     assert truncated
+
+
+class Doubled(gym.ActionWrapper):
+    """The point mass with actions from -2 to 2."""
+
+    action_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return action / 2
+
+
+def test_the_learned_reward_sees_actions_as_the_agent_made_them(cautious_run: Path) -> None:
+    plain, doubled = (
+        pbrl.LearnedReward(PointMass(), cautious_run),
+        pbrl.LearnedReward(Doubled(PointMass()), cautious_run),
+    )
+    plain.reset(seed=5)
+    doubled.reset(seed=5)
+    for action in ACTIONS[:20]:
+        assert plain.step(action)[1] == pytest.approx(doubled.step(2 * action)[1], abs=1e-6)
+    unbounded = Doubled(PointMass())
+    unbounded.action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    with pytest.raises(ConfigError, match="its reward is of actions within bounds"):
+        pbrl.LearnedReward(unbounded, cautious_run)
+
+
+def test_before_the_first_answers_there_is_no_learned_reward(tmp_path: Path) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    loop.stop = lambda: loop.step >= 150
+    with pytest.raises(Stopped):
+        loop.run()
+    loop.close(False)
+    with pytest.raises(ConfigError, match="at step 150 no answer was learned from yet"):
+        pbrl.LearnedReward(PointMass(), tmp_path / "run")
 
 
 def test_a_reward_is_used_only_where_it_was_learned(

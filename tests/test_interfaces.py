@@ -61,6 +61,14 @@ def test_a_function_is_an_updater_a_teacher_or_a_query_rule() -> None:
     assert (rule.pool, rule.branch_share, rule.compares_members) == (10, 0.0, False)
     assert rule(query(3), 3, None, None, None).tolist() == [2, 1, 0]  # type: ignore[arg-type]
 
+    class Comparing:
+        compares_members = True
+
+        def __call__(self, candidates: Any, count: int, reward: Any, asked: Any, rng: Any) -> Any:
+            return np.arange(count)
+
+    assert as_rule(Comparing()).compares_members
+
 
 @pytest.mark.parametrize(
     ("wrap", "thing", "message"),

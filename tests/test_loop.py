@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -70,6 +70,11 @@ def test_feedback_schedules(schedule: str, counts: list[int]) -> None:
     feedback = Feedback(budget=1000, per_session=10, schedule=schedule)
     assert [feedback.count(step, 1000, asked=0) for step in (0, 500, 999 if schedule == "decay" else 751)] == counts
     assert feedback.count(0, 1000, asked=997) == 3
+
+
+def test_a_share_that_is_a_whole_number_is_not_rounded_down() -> None:
+    feedback = Feedback(budget=1000, per_session=50, schedule="decay")
+    assert feedback.count(31_500, 75_000, asked=0) == 29  # 50 · 0.58, which is 28.999… in float
 
 
 def test_decay_ends_at_its_share_of_a_session() -> None:
@@ -478,6 +483,13 @@ def test_the_oracle_may_be_a_run(tiny_run: Path) -> None:
     assert curve.metrics(600, last["eval/return"])["eval/oracle_return"] == last["eval/return"]
 
 
+def test_an_oracle_that_still_trains_is_read_up_to_its_last_whole_row(tmp_path: Path) -> None:
+    row = '{"env_step": 10, "eval/return": 2.0}'
+    (tmp_path / "metrics.jsonl").write_text(f"{row}\n{row[:20]}")
+    curve = OracleCurve(tmp_path)
+    assert (curve.steps.tolist(), curve.returns.tolist()) == ([10], [2])
+
+
 def test_a_broken_oracle_curve_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("step,return\n1,2\n")
     with pytest.raises(ValueError, match=r"bad\.csv: expected columns env_step and return"):
@@ -488,16 +500,28 @@ class Counting(BaseCallback):
     """An SB3 callback of the user's."""
 
     seen = 0
+    heard: ClassVar[list[str]] = []
+
+    def _init_callback(self) -> None:
+        self.heard.append("init")
+
+    def _on_training_start(self) -> None:
+        assert self.locals["total_timesteps"] == 600 and self.training_env is not None
+        self.heard.append("start")
 
     def _on_step(self) -> bool:
         type(self).seen += 1
         return True
 
+    def _on_training_end(self) -> None:
+        self.heard.append(f"end after {self.seen}")
 
-def test_sb3_callbacks_see_every_step(tmp_path: Path) -> None:
-    Counting.seen = 0
+
+def test_sb3_callbacks_see_every_step_and_one_beginning_and_end(tmp_path: Path) -> None:
+    Counting.seen, Counting.heard = 0, []
     finish(tiny_loop(tmp_path / "run", "callbacks=[{_target_: tests.test_loop.Counting}]"))
     assert Counting.seen == 600
+    assert Counting.heard == ["init", "start", "end after 600"]
 
 
 def test_the_agent_is_an_sac_that_saves_and_loads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from pbrl.launch.configuration import check
 from pbrl.launch.stored import read_config
-from pbrl.launch.upgrade import upgrade
+from pbrl.upgrade import upgrade
 from tests.conftest import config
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +114,12 @@ def test_a_share_of_what_is_no_number_stays_as_it_is_to_be_refused(per_session: 
     old = {"feedback": {"per_session": per_session, "at_least": 9}, "updater": {}}
     upgrade(old)
     assert old["feedback"] == {"per_session": per_session, "at_least": 9}
+
+
+@pytest.mark.parametrize("stored", [{}, {"pretraining": {"steps": 1000}}, {"pretraining": {"whiten": True}}])
+def test_pretraining_was_not_whitened_before_there_was_a_key_for_it(stored: dict[str, Any]) -> None:
+    """Today's default of Meta-World's tasks is: a resumed run would have been paid another novelty."""
+    expected = {"whiten": False, **stored.get("pretraining", {})}
+    old = {**stored, "updater": {}}
+    upgrade(old)
+    assert old["pretraining"] == expected

@@ -28,7 +28,6 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
@@ -158,27 +157,32 @@ class PreferenceSAC(SAC):
 
     # ------------------------------------------------------------------------------------------------ collecting
 
+    def introduce(self, callback: BaseCallback, total_steps: int) -> None:
+        """Tell a callback that training begins, as SB3's `learn` does, before it is given to `collect`."""
+        self._setup_learn(0, None, reset_num_timesteps=False)
+        callback.init_callback(self)
+        callback.on_training_start({"self": self, "total_timesteps": total_steps}, globals())
+
     def collect(
         self,
         steps: int,
         updates: int | None = None,
-        callback: MaybeCallback = None,
+        callback: BaseCallback | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
         """Act for `steps` environment steps, with `updates` gradient steps after each (None: `gradient_steps`; none
         before `learning_starts`). With none, what is taken are rollouts of the present policy, whose noise is white.
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
-        before each step. A callback that asks for the end ends it after the step that it saw, which is kept and learned
-        from; `told_to_stop` says so.
+        before each step. A callback (see `introduce`) that asks for the end ends it after the step that it saw, which
+        is kept and learned from; `told_to_stop` says so.
 
         Returns:
             How many steps were taken.
         """
         updates = self.gradient_steps if updates is None else updates
-        _, prepared = self._setup_learn(steps, callback, reset_num_timesteps=False)
-        prepared.on_training_start(locals(), globals())
-        taken, heard, self._on_policy = 0, _Heard(prepared), updates == 0
+        _, nobody = self._setup_learn(steps, None, reset_num_timesteps=False)
+        taken, heard, self._on_policy = 0, _Heard(callback or nobody), updates == 0
         for _ in range(steps):
             if stop() or heard.stops:
                 break
@@ -186,7 +190,6 @@ class PreferenceSAC(SAC):
             taken += 1
             if updates and self.num_timesteps > self.learning_starts:
                 self.train(updates, self.batch_size)
-        prepared.on_training_end()
         self.told_to_stop, self._on_policy = heard.stops, False
         return taken
 
@@ -514,13 +517,23 @@ class PreferenceSAC(SAC):
             state["ent_coef_optimizer"] = self.ent_coef_optimizer.state_dict()
         return state
 
+    def load_learned(self, state: dict[str, Any]) -> None:
+        """Of what `state` returned: the networks, the temperature, and the statistics of what was seen."""
+        self.policy.load_state_dict(state["policy"])
+        if self.seen is not None:
+            self.seen.count = state["seen"]["count"]
+            self.seen.mean, self.seen.var = (one.copy() for one in state["seen"]["moments"].numpy())
+        if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
+            with torch.no_grad():
+                self.log_ent_coef.copy_(state["log_ent_coef"])
+
     def load_state(self, state: dict[str, Any]) -> bool:
         """Restore what `state` returned; the environment stands in the middle of its episode again.
 
         Returns:
             False if the simulator cannot restore its state: its episode then starts anew.
         """
-        self.policy.load_state_dict(state["policy"])
+        self.load_learned(state)
         restore_optimizer(self.actor.optimizer, state["actor_optimizer"])
         restore_optimizer(self.critic.optimizer, state["critic_optimizer"])
         self.noise.set_state(state["noise"])
@@ -530,12 +543,7 @@ class PreferenceSAC(SAC):
         self.num_timesteps, self._n_updates = state["num_timesteps"], state["n_updates"]
         self._episode_num, self._summed = state["episode_num"], state["summed"]
         self._sums.copy_(state["sums"])
-        if self.seen is not None:
-            self.seen.count = state["seen"]["count"]
-            self.seen.mean, self.seen.var = (one.copy() for one in state["seen"]["moments"].numpy())
-        if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
-            with torch.no_grad():
-                self.log_ent_coef.copy_(state["log_ent_coef"])
+        if self.ent_coef_optimizer is not None:
             restore_optimizer(self.ent_coef_optimizer, state["ent_coef_optimizer"])
         assert self.env is not None
         if state["last_obs"] is None:

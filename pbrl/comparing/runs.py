@@ -8,6 +8,8 @@ is shown before `shown` has made it one short printable line.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
 import stat
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from hydra.utils import get_object
 
 from pbrl.comparing.statistics import Array
+from pbrl.files import read_yaml
+from pbrl.upgrade import upgrade
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 UNEQUAL = 1.05  # times as many questions as another method's are told
@@ -32,7 +36,8 @@ HUGE = 1e100  # no metric: sums and squares of such numbers overflow
 LONGEST = 160  # characters of a text from a run that is shown
 LARGEST = 256 * 2**20  # bytes of a log that is read
 LARGEST_CONFIG = 2**20  # bytes
-DEEPEST = 50  # tables within tables of a config
+OURS = ("pbrl", "envs", "teachers")  # packages whose constructors may be looked at
+ABSENT = "absent"
 
 
 class ComparisonError(ValueError):
@@ -100,22 +105,6 @@ def shown(text: Any) -> str:
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, which could name one table a thousand times, and nested DEEPEST times at most."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError("it is nested too deeply")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
 def read_run(folder: Path) -> Run:
     """The run stored in `folder`.
 
@@ -124,10 +113,11 @@ def read_run(folder: Path) -> Run:
             a line of its log (other than a torn last one) is broken.
     """
     try:
-        config = yaml.load(_text(folder / "config.yaml", LARGEST_CONFIG), _PlainLoader)
+        _refuse_link(folder / "config.yaml", LARGEST_CONFIG)
+        config = read_yaml(folder / "config.yaml")
         summary_file = folder / "summary.json"
         summary = json.loads(_text(summary_file, LARGEST_CONFIG)) if summary_file.exists() else {}
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ComparisonError(f"{folder}: its config or summary is damaged ({shown(error)})") from error
     _check_config(config, str(folder))
     complete = isinstance(summary, dict) and summary.get("complete") is True
@@ -140,12 +130,16 @@ def _text(path: Path, largest: int = LARGEST) -> str:
     Raises:
         ComparisonError: if it is not a plain file of bounded size.
     """
+    _refuse_link(path, largest)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _refuse_link(path: Path, largest: int) -> None:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
         raise ComparisonError(
             f"{shown(path)}: expected a plain file of at most {largest // 2**20} MiB, not a link or device"
         )
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _check_config(config: Any, source: str) -> None:
@@ -305,10 +299,12 @@ def _averaged(task: str, methods: Mapping[str, Sequence[Run]], keys: Sequence[st
     lines = []
     for method, members in methods.items():
         parts = ("agent",) if members[0].updater == ORACLE else PARTS  # the oracle is asked and fitted nothing
+        tables = [_values({part: run.config.get(part) for part in parts if part in run.config}) for run in members]
         found: dict[str, set[str]] = defaultdict(set)
-        for run in members:
-            for name, value in _values({part: run.config.get(part) for part in parts if part in run.config}).items():
-                found[name].add(value)
+        for name in {name for table in tables for name in table}:
+            for run, table in zip(members, tables, strict=True):
+                if name.split(".")[0] in run.config:
+                    found[name].add(table[name] if name in table else _value(_unnamed(run.config, name)))
         differing = sorted(name for name in found if len(found[name]) > 1)
         if differing:
             values = shown(", ".join(sorted(found[differing[0]])))
@@ -338,9 +334,28 @@ def _values(node: Mapping[str, Any], above: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in node.items():
         path = f"{above}{name}"
-        value = float(value) if _is_number(value) else value  # 3 is 3.0
-        found |= _values(value, f"{path}.") if isinstance(value, Mapping) else {path: str(value)}
+        found |= _values(value, f"{path}.") if isinstance(value, Mapping) else {path: _value(value)}
     return found
+
+
+def _unnamed(config: Mapping[str, Any], path: str) -> Any:
+    """The value of a key that a config of an earlier version does not name, as a resumed run would take it."""
+    *above, name = path.split(".")
+    try:
+        node: Any = copy.deepcopy(dict(config))
+        upgrade(node)
+        for part in above:
+            node = node[part]
+        if name not in node and str(node["_target_"]).split(".")[0] in OURS:
+            node = {name: inspect.signature(get_object(node["_target_"])).parameters[name].default}
+        value = node[name]
+    except Exception:  # there is no such part, it has moved or takes no such: a stranger's config may be anything
+        return ABSENT
+    return ABSENT if value is inspect.Parameter.empty else value
+
+
+def _value(value: Any) -> str:
+    return str(float(value) if _is_number(value) else value)  # 3 is 3.0
 
 
 def _common_folder(labels: Iterable[str]) -> str:
@@ -376,9 +391,13 @@ def _by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for choice, members in choices.items():
         options = [run.config.get("env") or {} for run in members]
         names = sorted({name for option in options for name in option}, key=str)
-        differing = [name for name in names if len({str(option.get(name)) for option in options}) > 1]
-        for run, option in zip(members, options, strict=True):
-            suffix = ", ".join(f"{name}={option.get(name)}" for name in differing)
+        shown_of = [
+            {name: str(option[name] if name in option else _unnamed(run.config, f"env.{name}")) for name in names}
+            for run, option in zip(members, options, strict=True)
+        ]
+        differing = [name for name in names if len({values[name] for values in shown_of}) > 1]
+        for run, values in zip(members, shown_of, strict=True):
+            suffix = ", ".join(f"{name}={values[name]}" for name in differing)
             tasks[shown(f"{choice} ({suffix})" if suffix else choice)].append(run)
     return dict(tasks)
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.utils import set_random_seed
 from pbrl import ORACLES
 from pbrl.asking import AnswerJournal, state_of
 from pbrl.files import TEXT_BYTES, printable, read_bounded, write_atomically
+from pbrl.fitting import Fitting
 from pbrl.interfaces import Updater, as_environment, as_rule, as_teacher, as_updater, name_of
 from pbrl.launch.command import command_line
 from pbrl.launch.configuration import (
@@ -279,6 +280,7 @@ class _Builder:
         teacher = self.adopt("teacher", as_teacher)
         env, eval_env = self.adopt("env", as_environment), self.adopt("env", as_environment)
         self._check_horizon(env, updater)
+        self._check_pieces(updater)
         self._check_memory(updater)
         obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
         reward = self.make("reward", obs_dim=obs_dim, act_dim=act_dim, seed=self._seed(2))
@@ -357,6 +359,15 @@ class _Builder:
         horizon, needed = env.horizon, self.cfg.segment_length + 2 * updater.margin
         if horizon is not None and needed > horizon:
             raise ConfigError(f"segment_length={needed} is longer than an episode of {horizon} steps; shorten it")
+
+    def _check_pieces(self, updater: Updater) -> None:
+        for part in (updater, getattr(updater, "inner", None)):
+            fit = getattr(part, "fit", None)
+            if isinstance(fit, Fitting) and fit.margin(self.cfg.segment_length) > updater.margin:
+                raise ConfigError(
+                    f"updater.fit.crop={list(fit.crop or ())}; expected shares up to 1, or updater=surf, which alone "
+                    "keeps the steps around a segment that longer pieces reach into"
+                )
 
     def _check_memory(self, updater: Updater) -> None:
         feedback, needed = self.cfg.feedback, self.cfg.segment_length + 2 * updater.margin

@@ -168,7 +168,8 @@ def check(cfg: DictConfig, complete: bool = True) -> None:
 
 
 def _check_all_there(needed: Iterable[Any], section: DictConfig, prefix: str = "") -> None:
-    for key in sorted({f"{prefix}{key}" for key in needed} - {f"{prefix}{key}" for key in section}):
+    for name in sorted({str(key) for key in needed} - {str(key) for key in section}):
+        key = f"{prefix}{name}"
         raise ConfigError(f"{key} is missing; it cannot be taken out with ~{key}, only set to another value")
 
 

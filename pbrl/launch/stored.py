@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pbrl.files import foreign_entry, open_in_place, read_yaml
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check_own, leaves
 from pbrl.launch.constructors import check_stored, needs_trust
-from pbrl.launch.upgrade import upgrade
+from pbrl.upgrade import upgrade
 
 MOVED = {  # modules whose classes stored configs name by their places of before version 0.2
     "pbrl.agent": "pbrl.agent.sac",

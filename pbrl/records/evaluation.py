@@ -88,7 +88,8 @@ def _table(path: Path) -> list[tuple[float, float]]:
 
 
 def _evaluations(run: Path) -> list[tuple[float, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
     return [(row["env_step"], row["eval/return"]) for row in rows if "eval/return" in row]
 
 

@@ -53,10 +53,13 @@ def upgrade(stored: dict[str, Any]) -> None:
         if isinstance(at_least, int) and isinstance(per_session, int) and 1 <= at_least <= per_session:
             feedback.pop("at_least", None)  # what is no such number stays, to be refused
             feedback["decay_to"] = 0.0 if at_least == 1 else at_least / per_session
+    pretraining = stored.setdefault("pretraining", {})
+    if isinstance(pretraining, dict):
+        pretraining.setdefault("whiten", False)
     agent = stored.get("agent")
     if isinstance(agent, dict) and agent.get("_target_") == "pbrl.agent.sac.make_agent":
         stored["agent"] = AGENT | agent
-    updater = stored["updater"]
+    updater = stored.get("updater")
     while isinstance(updater, dict):
         _upgrade_updater(updater, stored.get("segment_length"))
         updater = updater.get("inner")
