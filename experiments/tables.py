@@ -228,6 +228,29 @@ def novel() -> Table:
     return table
 
 
+def figure_2_again() -> Table:
+    """Figure 2's methods in the form of Meta-World's default and on its seeds, as far as they were run."""
+    last = "success over the last fifth, by seed"
+    less = [f"{what}, less the default's of these seeds, paired [95 %]" for what in ("the last fifth", "the area")]
+    first = "step of the first evaluation at the default's mean over the last fifth"
+    table = [["task", "method", "seeds", last, "area under the success curve, mean", *less, first]]
+    for folder in sorted(path for path in (STORED / "figure-2-again").iterdir() if path.is_dir()):
+        default = {run.seed: run for run in dict(_methods(STORED / "novel" / folder.name))[DEFAULT]}
+        level = float(np.mean([_last_fifth(run) for run in default.values()]))
+        for method, runs in [("default", list(default.values())), *_methods(folder)]:
+            of_seeds = [default[run.seed] for run in runs]
+            ends, theirs = (np.array([_last_fifth(run) for run in some]) for some in (runs, of_seeds))
+            areas, their_areas = (_success_areas(some) for some in (runs, of_seeds))
+            apart = ["–", "–"] if method == "default" else [_points(ends - theirs), _points(areas - their_areas)]
+            reached = [float(first_reached(*run.series("eval/success"), level)) for run in runs]
+            steps = ", ".join("never" if np.isinf(step) else f"{step / 1000:.0f}k" for step in reached)
+            seeds = _listed([run.seed for run in runs], "")
+            table.append(
+                [folder.name, f"`{method}`", seeds, _listed(list(ends), ".0%"), f"{areas.mean():.0%}", *apart, steps]
+            )
+    return table
+
+
 def default() -> Table:
     """Meta-World's default: success over the last fifth of its steps."""
     table = [["task", "success, by seed"]]
@@ -545,6 +568,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "new-reward": new_reward,
     "novel": novel,
     "default": default,
+    "figure-2-again": figure_2_again,
     "quick": quick,
     "blame": blame,
     "fp32-differences": fp32_differences,
@@ -613,6 +637,10 @@ def _areas(runs: Sequence[Run]) -> Array:
     return np.array([float(area_under_curve(*run.series("eval/return"))) for run in runs])
 
 
+def _success_areas(runs: Sequence[Run]) -> Array:
+    return np.array([float(area_under_curve(*run.series("eval/success"))) for run in runs])
+
+
 def _last_fifth(run: Run) -> float:
     """Mean success over the evaluations in the last fifth of its steps."""
     at, values = run.series("eval/success")
@@ -627,9 +655,7 @@ def _gap(run: Run) -> float:
 
 def _success_cells(runs: Sequence[Run], pebble: Sequence[Run]) -> list[str]:
     """What `SUCCESS` names; no difference of runs from themselves."""
-    areas, others = (
-        np.array([float(area_under_curve(*run.series("eval/success"))) for run in some]) for some in (runs, pebble)
-    )
+    areas, others = _success_areas(runs), _success_areas(pebble)
     last = np.array([_last_fifth(run) for run in runs])
     difference = "–" if runs is pebble else _welch(areas, others, "success")
     return [_mean(areas, "success"), _mean(last, "success"), difference]
