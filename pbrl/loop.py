@@ -60,7 +60,6 @@ class Loop:
 
     sessions: int = field(default=0, init=False)  # finished or begun
     pretrained: bool = field(default=False, init=False)  # a first reward was learned
-    introduced: bool = field(default=False, init=False)  # the callback has heard that training begins
     ended: bool = field(default=False, init=False)  # by a callback, before total_steps
 
     def __post_init__(self) -> None:
@@ -107,38 +106,30 @@ class Loop:
         if self.due.eval == 0:  # nothing has happened yet
             self.parts.updater.start(self.session)
         self.agent.prepare()
-        try:
-            with self.diary.progress():
-                self._to_the_end()
-        finally:
-            if self.callback is not None and self.introduced:
-                self.callback.on_training_end()
+        with self.diary.progress(), self.agent.heard_by(self.callback, self.total_steps):
+            while True:
+                self._choose_pay()
+                resumed = self.dialogue.pending is not None  # in the middle of a session: that one first
+                if self.step >= self.due.eval and not resumed:
+                    self._evaluate()
+                if (self.step >= self.total_steps or self.ended) and not resumed:
+                    if self.due.evaluated != self.step:  # a callback's end, or a finished run that was made longer
+                        self._evaluate()
+                    if self.due.log < self.step + self.log_every:  # else a finished run was resumed
+                        self._log_training()
+                    break
+                if resumed or self.step >= self._next_session():
+                    self._feedback_session()
+                if self.step >= self.due.between:
+                    self._between_sessions()
+                if self.step >= self.due.log:
+                    self._log_training()
+                if self.step >= self.due.checkpoint:
+                    self.due.checkpoint = self.step + self.checkpoint_every
+                    self.save()
+                self._act()
         self.save()
         return self.diary.summary(complete=True)
-
-    def _to_the_end(self) -> None:
-        """Act, ask, learn, again and again."""
-        while True:
-            self._choose_pay()
-            resumed = self.dialogue.pending is not None  # in the middle of a session: that one first
-            if self.step >= self.due.eval and not resumed:
-                self._evaluate()
-            if (self.step >= self.total_steps or self.ended) and not resumed:
-                if self.due.evaluated != self.step:  # a callback's end, or a finished run that was made longer
-                    self._evaluate()
-                if self.due.log < self.step + self.log_every:  # else a finished run was resumed
-                    self._log_training()
-                break
-            if resumed or self.step >= self._next_session():
-                self._feedback_session()
-            if self.step >= self.due.between:
-                self._between_sessions()
-            if self.step >= self.due.log:
-                self._log_training()
-            if self.step >= self.due.checkpoint:
-                self.due.checkpoint = self.step + self.checkpoint_every
-                self.save()
-            self._act()
 
     def _choose_pay(self) -> None:
         """What the agent is paid now: the task (oracle), novelty (pretraining), or the learned reward."""
@@ -154,9 +145,6 @@ class Loop:
         until = min(self.due.eval, self.due.checkpoint, self.due.log, self.total_steps, self._next_session())
         if self.asks:
             until = min(until, self.due.between)
-        if self.callback is not None and not self.introduced:
-            self.introduced = True
-            self.agent.introduce(self.callback, self.total_steps)
         while self.step < until and not self.stop() and not self.ended:
             self.agent.collect(min(CHUNK, until - self.step), callback=self.callback, stop=self.stop)
             self.ended = self.agent.told_to_stop

@@ -157,11 +157,19 @@ class PreferenceSAC(SAC):
 
     # ------------------------------------------------------------------------------------------------ collecting
 
-    def introduce(self, callback: BaseCallback, total_steps: int) -> None:
-        """Tell a callback that training begins, as SB3's `learn` does, before it is given to `collect`."""
+    @contextlib.contextmanager
+    def heard_by(self, callback: BaseCallback | None, total_steps: int) -> Iterator[None]:
+        """Tell a callback that training begins and ends, as SB3's `learn` does; in between `collect` may have it."""
+        if callback is None:
+            yield
+            return
         self._setup_learn(0, None, reset_num_timesteps=False)
         callback.init_callback(self)
         callback.on_training_start({"self": self, "total_timesteps": total_steps}, globals())
+        try:
+            yield
+        finally:
+            callback.on_training_end()
 
     def collect(
         self,
@@ -174,7 +182,7 @@ class PreferenceSAC(SAC):
         before `learning_starts`). With none, what is taken are rollouts of the present policy, whose noise is white.
 
         SB3's `learn` without its chunking effects: collecting 3 and then 4 steps equals collecting 7. `stop` is asked
-        before each step. A callback (see `introduce`) that asks for the end ends it after the step that it saw, which
+        before each step. A callback (see `heard_by`) that asks for the end ends it after the step that it saw, which
         is kept and learned from; `told_to_stop` says so.
 
         Returns:
