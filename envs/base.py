@@ -143,7 +143,7 @@ class SimulatorEnv(gym.Env, ABC):
 
     @abstractmethod
     def _advance(self, action: NDArray[np.float64]) -> tuple[NDArray[Any], float, bool, dict[str, Any]]:
-        """Simulate one step; return observation [obs_dim], reward, terminated, info."""
+        """Simulate one step; return observation [obs_dim], reward, terminated, info; `_cut` tells an early end."""
 
     @abstractmethod
     def _save(self, out: State) -> None:

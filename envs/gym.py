@@ -80,7 +80,8 @@ class GymEnv(SimulatorEnv):
 
     def _advance(self, action: NDArray[np.float64]) -> tuple[NDArray[Any], float, bool, dict[str, Any]]:
         scaled = (self._low + (action + 1.0) * self._scale).astype(self._action_dtype)
-        self._obs, reward, terminated, self._cut, info = self._env.step(scaled)
+        self._obs, reward, terminated, truncated, info = self._env.step(scaled)
+        self._cut = bool(truncated)
         return self._obs, float(reward), bool(terminated), info
 
     def _save(self, out: State) -> None:
