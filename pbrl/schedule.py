@@ -68,7 +68,8 @@ class Feedback:
             "decay": max((total_steps - step) / total_steps, self.decay_to),
             "increase": total_steps / (total_steps - step + 1),
         }[self.schedule]
-        return min(max(int(self.per_session * share + 1e-9), 1), self.budget - asked)
+        pairs = int(self.per_session * share + 1e-9)  # 50 · 0.58 is 28.999… in float
+        return min(max(pairs, 1), self.budget - asked)
 
 
 @dataclass(frozen=True)

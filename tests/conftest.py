@@ -69,7 +69,7 @@ def tiny_loop(run_dir: Path, *overrides: str) -> Loop:
     """A tiny run, built and ready; of the steps that our fitting takes at least it takes a fifth."""
     cfg, choices = config(*TINY, *overrides)
     cfg.run_dir = str(run_dir)
-    if choices["updater"] in ("pebble", "aparl", "penalty") and cfg.updater.fit.least_steps == 100:
+    if OmegaConf.select(cfg, "updater.fit.least_steps") == 100:
         cfg.updater.fit.least_steps = 20
     return build(cfg, choices, [])
 
