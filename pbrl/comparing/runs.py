@@ -2,9 +2,8 @@
 
 A run's folder holds `config.yaml` (resolved, with the names chosen on the command line under `choices`),
 `metrics.jsonl` (one row per line, each with `env_step`) and, once finished, `summary.json`. All three may be a
-stranger's: they are read as plain data of bounded size, nothing of theirs is imported or followed (of a constructor that
-is one of ours the default values are looked at), and no text of theirs is shown before `shown` has made it one short
-printable line.
+stranger's: they are read as plain data of bounded size, nothing of theirs is imported or followed (where a constructor
+is ours, its default values are looked at), and no text of theirs is shown before `shown` has made it one short line.
 """
 
 from __future__ import annotations
