@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def agents() -> Table:
     """walker-walk by control steps: return of each run, however long an action is held, beside the lean agent's."""
     steps = range(0, 100_001, 10_000)
     table = [["signal", "run", *(f"{step // 1000}k" for step in steps), "area under the curve"]]
-    runs = [(Path(run.source).name, run) for run in find_runs([STORED / "agent"])]
+    runs = [(Path(run.source).name, run) for run in _runs(STORED / "agent")]
     runs.sort(key=lambda item: item[1].updater != ORACLE)
     for folder, method in (("walker-walk", ORACLE), ("walker-walk-fp32", "pebble")):
         for run in dict(_methods(STORED / "first-light" / folder))[method]:
@@ -133,7 +133,7 @@ def meta_world() -> Table:
     """The small agent of `experiment=quick` on Meta-World: success and return at some environment steps of each run."""
     steps = [step * 1000 for step in (10, 20, 30, 40, 60, 80, 100, 120, 150)]
     table = [["run", *(f"{step // 1000}k" for step in steps), "success over the last fifth"]]
-    for run in find_runs([STORED / "meta-world"]):
+    for run in _runs(STORED / "meta-world"):
         success, returns = (dict(zip(*run.series(f"eval/{name}"), strict=True)) for name in ("success", "return"))
         cells = [f"{success[step]:.0%}, {returns[step]:.0f}" if step in success else "–" for step in steps]
         table.append([Path(run.source).name, *cells, f"{_last_fifth(run):.0%}"])
@@ -145,7 +145,7 @@ def uneven_batches() -> Table:
     answers = (175, 200, 225, 250, 275)
     table = [["loss on the answers with the price on size", "runs", *(f"{count} answers" for count in answers)]]
     found: dict[bool, list[list[float]]] = {False: [], True: []}
-    for run in find_runs([STORED / "meta-world", STORED / "figure-2"]):
+    for run in _runs(STORED / "meta-world", STORED / "figure-2"):
         losses = dict(zip(run.series("feedback/labels")[1], run.series("reward/loss")[1], strict=True))
         sees_all = run.setting("reward.sees_actions") is not False  # what sees less fits less well
         if run.updater == "pebble" and sees_all and set(answers) <= set(losses):
@@ -277,7 +277,7 @@ def blame() -> Table:
     """`experiments.blame` on runs that failed: does the agent recover, does a new one do better on the same reward?"""
     table = [["run", "success, return at its end", "gone on with the true reward", "best of a new agent on its reward"]]
     for folder in sorted(path for path in (STORED / "blame").iterdir() if path.is_dir()):
-        (gone_on,), (anew,) = find_runs([folder / "task"]), find_runs([folder / "anew"])
+        (gone_on,), (anew,) = _runs(folder / "task"), _runs(folder / "anew")
         success, returns = (dict(zip(*gone_on.series(f"eval/{name}"), strict=True)) for name in ("success", "return"))
         end = max(success)
         start = end - anew.series("eval/return")[0][-1]  # both take as many steps, of which `anew` counts its own only
@@ -616,10 +616,16 @@ def _listed(values: Sequence[Any], form: str) -> str:
     return ", ".join(format(value, form) for value in values)
 
 
+@cache
+def _runs(*folders: Path) -> list[Run]:
+    """The runs in or below these folders, read once."""
+    return find_runs(folders)
+
+
 def _methods(folder: Path) -> list[tuple[str, list[Run]]]:
     """The runs below a folder by method, each named METHOD-sSEED, the oracle last."""
     found: dict[str, list[Run]] = {}
-    for run in find_runs([folder]):
+    for run in _runs(folder):
         found.setdefault(Path(run.source).name.rpartition("-s")[0], []).append(run)
     return sorted(found.items(), key=lambda item: (item[0] == ORACLE, item[0]))
 

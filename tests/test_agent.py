@@ -39,6 +39,7 @@ def agent(**options: Any) -> PreferenceSAC:
     return point_mass_agent(**({"net_arch": [8], "buffer_size": 1000} | options))
 
 
+@pytest.mark.slow
 def test_a_run_with_every_option_resumes_bit_for_bit(tmp_path: Path) -> None:
     again = stopped_and_resumed(tmp_path, 330, *ALL, "total_steps=420")
     assert isinstance(again.agent, SAC)

@@ -20,6 +20,7 @@ def first(query: Query) -> Answer:
     return Answer(torch.ones(count), given=torch.ones(count, dtype=torch.bool))
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_paid_by_the_task(tiny_run: Path, tmp_path: Path) -> None:
     before = rows(tiny_run)
     loop = paid_by_the_task(tiny_run, tmp_path / "task", 60)

@@ -69,6 +69,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     ring.check(70)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=12), st.integers(1, 9))
 def test_rings_survive_any_order_of_steps_saves_and_loads(

@@ -79,6 +79,7 @@ def refused(*arguments: str) -> str:
 # ------------------------------------------------------------------------------------------------ parts of one's own
 
 
+@pytest.mark.slow
 def test_a_target_drops_the_arguments_of_the_option_it_replaces(parts: str) -> None:
     cfg, _ = made(f"updater._target_={parts}.Constant", "updater.rate=3")
     assert dict(cfg.updater) == {"_target_": f"{parts}.Constant", "rate": 3}
@@ -120,6 +121,7 @@ def test_parts_of_ones_own_are_held_against_their_constructors(parts: str) -> No
     assert "is a module" in refused(f"teacher._target_={parts}.torch")
 
 
+@pytest.mark.slow
 def test_a_function_is_a_teacher_and_a_class_with_one_method_an_updater(parts: str, tmp_path: Path) -> None:
     own = [f"teacher._target_={parts}.prefers", "teacher.weight=0.75", f"updater._target_={parts}.Constant"]
     cfg, overrides = made(*TINY, *own, f"run_dir={tmp_path / 'run'}")
@@ -130,6 +132,7 @@ def test_a_function_is_a_teacher_and_a_class_with_one_method_an_updater(parts: s
     assert name_of(loop.parts.teacher) == f"{parts}.prefers"
 
 
+@pytest.mark.slow
 def test_what_a_constructor_refuses_is_one_line_with_the_whole_key(parts: str, tmp_path: Path) -> None:
     for own, expected in (
         ([f"teacher._target_={parts}.Lazy", "teacher.tolerance=-1.0"], "teacher.tolerance=-1.0; expected at least 0"),
@@ -186,6 +189,7 @@ def test_what_is_swept_is_known_to_the_runs() -> None:
     assert prepare(["-m", "seed=0,1", "env=pointmass"])[-1] == "hydra.callbacks.summary.swept=['seed']"
 
 
+@pytest.mark.slow
 def test_every_shipped_config_resolves_as_a_whole() -> None:
     command = [sys.executable, "-m", "pbrl.train", "--cfg", "job", "--resolve", "agent=sac-published"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -118,6 +118,7 @@ def pace(*overrides: str) -> dict[str, Any]:
     return found | {key: cfg.env.get(key) for key in ("horizon", "action_repeat")}
 
 
+@pytest.mark.slow
 def test_meta_worlds_pace_is_the_defaults_alone() -> None:
     """Short episodes of held actions, many questions early: not in published settings."""
     door, walker = pace("env=door-open"), pace("env=walker-walk")
@@ -135,6 +136,7 @@ def test_meta_worlds_pace_is_the_defaults_alone() -> None:
     assert (quick["horizon"], quick["action_repeat"], quick["schedule"]) == (100, 1, "decay")
 
 
+@pytest.mark.slow
 def test_meta_worlds_agent_and_questions_are_the_defaults_alone() -> None:
     """Small, in a hurry, standardised, asking about the last episodes: not elsewhere, nor in published settings."""
     changed = ("net_arch", "batch_size", "learning_rate", "target_update_interval", "n_steps")

@@ -385,6 +385,7 @@ def test_all_names_are_listed():
 PICTURED = ["metaworld", "walker", "reacher", "pointmass", "ant", "escape"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURED)
 def test_pictures_depend_on_the_state_alone_and_never_disturb(name):
     quiet, filmed, fresh = MAKERS[name](), MAKERS[name](), MAKERS[name]()

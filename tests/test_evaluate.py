@@ -68,6 +68,7 @@ def test_the_error_of_bf16_is_told_apart_from_the_spread_over_actions(
     assert table.read_text().splitlines()[1] == ",".join(str(value) for value in found.values())
 
 
+@pytest.mark.slow
 def test_a_loaded_agent_can_be_trained_further(tmp_path: Path) -> None:
     """The statistics that it sees observations in go on from the run's, and so does its temperature."""
     loop = tiny_loop(tmp_path / "run", "agent.normalise=true")

@@ -88,6 +88,7 @@ def test_what_hardly_varies_does_not_count_as_new() -> None:
     assert float(spread.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_whitened_run_resumes_in_the_midst_of_pretraining_bit_for_bit(tmp_path: Path) -> None:
     short = ("total_steps=300", "pretraining.steps=150")
     finish(stopped_and_resumed(tmp_path, 155, "pretraining.whiten=true", *short))

@@ -76,6 +76,7 @@ def test_smoothed_answers_bound_the_margin() -> None:
     assert logits == pytest.approx(np.log(0.9 / 0.1), rel=0.01)
 
 
+@pytest.mark.slow
 def test_shrinking_centres_the_rewards() -> None:
     free, shrunk = (learned_steps(least_steps=200, shrink=shrink)[1] for shrink in (0.0, 25.0))
     assert shrunk[0] > shrunk[1]
@@ -88,6 +89,7 @@ def test_the_logged_loss_is_that_of_the_answers_without_the_price_on_size() -> N
     assert free == shrunk, "one step: of the networks as they were"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["tanh", "sigmoid"])
 def test_a_saturated_member_starts_anew_and_learns(output: str) -> None:
     """One at −1 everywhere has no gradient: seen on door-open, where `disagreement` then asked what was known."""

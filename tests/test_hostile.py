@@ -234,7 +234,7 @@ class Draws:
     ("attack", "every_command"),
     [
         *(pytest.param(attack, True, marks=pytest.mark.slow) for attack in ATTACKS),
-        *((attack, False) for attack in ATTACKS[::4]),
+        *((attack, False) for attack in ATTACKS[::8]),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "all" if value else "resume",
 )
@@ -340,7 +340,9 @@ def check_shipped(group: str, tmp_path: Path) -> None:
         read_config(tmp_path, trust)
 
 
-@pytest.mark.parametrize("group", ["teacher", "reward", "query", "logger"])
+@pytest.mark.parametrize(
+    "group", ["reward", "query", *(pytest.param(group, marks=pytest.mark.slow) for group in ("teacher", "logger"))]
+)
 def test_what_the_shipped_options_store_is_read_again(group: str, tmp_path: Path) -> None:
     check_shipped(group, tmp_path)
 
@@ -491,6 +493,7 @@ KEYS += [
 VALUES = st.sampled_from(["-1", "0", "1", "1.5", "null", "[]", "{}", "text", "true", ".nan", ".inf", "[1,2]", "''"])
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=2))
 def test_any_overrides_build_or_are_refused_in_one_line(
@@ -536,7 +539,9 @@ def test_a_critic_that_explodes_is_reported_with_step_and_quantity(tmp_path: Pat
     loop.close(False)
 
 
-@pytest.mark.parametrize("part", ["actor", "critic", "reward"])
+@pytest.mark.parametrize(
+    "part", ["reward", *(pytest.param(part, marks=pytest.mark.slow) for part in ("actor", "critic"))]
+)
 def test_a_network_that_became_nan_is_found_at_once_and_never_saved(tmp_path: Path, part: str) -> None:
     loop = tiny_loop(tmp_path / "run")
     loop.stop = lambda: loop.step >= 310  # trained, with a checkpoint at step 300

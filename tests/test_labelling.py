@@ -657,6 +657,7 @@ class Talkative(PointMass):
         return super().step(action)
 
 
+@pytest.mark.slow
 def test_an_environment_that_prints_and_one_that_fails_leave_the_page_standing(tmp_path: Path) -> None:
     store = make_store(tmp_path, 0)
     env = PointMass()

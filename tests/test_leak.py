@@ -66,6 +66,7 @@ def test_the_poison_would_be_noticed_if_it_were_used(tmp_path: Path) -> None:
     assert correlation[0] is None  # NaN task rewards: what does read them shows it
 
 
+@pytest.mark.slow
 def test_the_replay_holds_learned_rewards_only(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run")
     finish(loop)
@@ -79,6 +80,7 @@ def test_the_replay_holds_learned_rewards_only(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(replay.rewards[:size, 0]), torch.from_numpy(learned), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_changed_task_rewards_change_the_oracle(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=oracle")
     finish(loop)

@@ -77,6 +77,7 @@ def test_tab_completion_is_installed_and_completes(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_console_script_finds_modules_of_the_present_folder(tmp_path: Path) -> None:
     (tmp_path / "own_place.py").write_text("import gymnasium\n\n\nclass Place(gymnasium.Env):\n    pass\n")
     assert "_target_: own_place.Place" in pbrl_train(tmp_path, "env._target_=own_place.Place", "--cfg", "job")

@@ -37,6 +37,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run: Pat
     assert rows(tmp_path / "other") != rows(tiny_run)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(tiny_run: Path, tmp_path: Path) -> None:
     finish(tiny_loop(tmp_path / "often", "eval.every=70", "eval.episodes=3"))
 
@@ -102,7 +103,10 @@ def test_fresh_pairs_are_collected_without_learning_and_their_updates_made_up_fo
     )  # one per step after the random ones, 5 after pretraining
 
 
-@pytest.mark.parametrize(("share", "fresh"), [("0.4", 2), ("1.0", 5), ("0.0", 0)])
+@pytest.mark.parametrize(
+    ("share", "fresh"),
+    [("0.4", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1.0", 5), ("0.0", 0)))],
+)
 def test_a_share_of_the_questions_is_about_fresh_steps(tmp_path: Path, share: str, fresh: int) -> None:
     loop = tiny_loop(tmp_path / "run", "updater.pairs=fresh", f"feedback.fresh_share={share}", "total_steps=900")
     seen: list[int] = []
@@ -181,11 +185,13 @@ def test_a_resumed_run_needs_no_imported_file_any_more(tiny_run: Path, tmp_path:
     assert len(loop.parts.preferences) == imported and loop.parts.preferences.about["env"] == "pointmass"
 
 
+@pytest.mark.slow
 def test_without_questions_about_fresh_steps_there_need_be_none(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "feedback.fresh_steps=0", "feedback.fresh_share=0")
     assert [len(query) for query in questions(loop)] == [5, 5, 5]
 
 
+@pytest.mark.slow
 def test_where_an_episode_ends_within_the_fresh_steps_the_questions_are_about_what_is_kept(tmp_path: Path) -> None:
     # The first session branches for 40 steps, so the second begins at the 45th of an episode: 5 and 7 steps are fresh.
     split = ["feedback.start=235", "feedback.fresh_steps=12"]
@@ -205,6 +211,7 @@ def questions(loop: Loop) -> list[Query]:
     return asked
 
 
+@pytest.mark.slow
 def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "query.branch_share=1.0", "total_steps=900")
     asked = questions(loop)
@@ -217,6 +224,7 @@ def test_branch_pairs_share_their_first_state_and_count_as_steps(tmp_path: Path)
     assert rollouts.episodes - len(rollouts.asides) == rollouts.ended == 12, "branches are no episodes"
 
 
+@pytest.mark.slow
 def test_episodes_of_another_actor_are_not_among_the_recent_ones(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run")
     finish(loop)
@@ -241,6 +249,7 @@ def test_what_is_said_of_the_present_policy_is_not_said_of_another_actor(tmp_pat
     loop.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["disagreement", "uniform"])
 def test_a_share_of_the_questions_is_about_what_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
@@ -264,6 +273,7 @@ def test_a_share_of_the_questions_is_about_what_is_new(
         assert len(starts) == 5
 
 
+@pytest.mark.slow
 def test_a_share_of_the_rules_questions_is_about_the_best_clips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +351,7 @@ def raises(_: Answer) -> Answer:
     ("bad", "message"),
     [
         (raises, "lost my glasses"),
-        (lambda good: Answer(good.prefers_first[:2], good.given[:2]), "shape"),
+        pytest.param(lambda good: Answer(good.prefers_first[:2], good.given[:2]), "shape", marks=pytest.mark.slow),
         pytest.param(lambda good: Answer(good.prefers_first + 1, good.given), "pair 0 is 2", marks=pytest.mark.slow),
         pytest.param(lambda good: Answer(good.prefers_first.double(), good.given), "float64", marks=pytest.mark.slow),
     ],
@@ -403,6 +413,7 @@ def test_a_metric_that_is_no_number_is_refused_by_name_before_it_is_stored(tmp_p
         finish(loop)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_skips_everything_is_survived(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run")
     loop.parts.teacher = as_teacher(lambda query: Answer(torch.zeros(len(query)), torch.zeros(len(query)) > 0))
@@ -451,6 +462,7 @@ def test_a_run_folder_stands_alone(tiny_run: Path) -> None:
     assert "torch" in json.loads((tiny_run / "versions.json").read_text())
 
 
+@pytest.mark.slow
 def test_normalised_returns_are_absent_without_an_oracle_and_right_with_one(tiny_run: Path, tmp_path: Path) -> None:
     assert not any("eval/oracle_return" in row for row in rows(tiny_run))
     curve = tmp_path / "oracle.csv"

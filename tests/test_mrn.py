@@ -78,6 +78,7 @@ def test_mrns_closed_form_equals_finite_differences_of_the_two_steps(convexity: 
             assert float(grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * largest, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_mrns_step_is_that_of_a_convex_pay(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=mrn")
     finish(loop)
@@ -90,6 +91,7 @@ def test_mrns_step_is_that_of_a_convex_pay(tmp_path: Path) -> None:
     assert moved[0].equal(moved[1]) and not moved[0].equal(moved[2])
 
 
+@pytest.mark.slow
 def test_a_meta_step_on_a_sessions_step_comes_after_it(tmp_path: Path) -> None:
     """As on door-open, where sessions are 5000 steps apart and meta-steps 10000. None after the last question."""
     loop = tiny_loop(tmp_path / "run", "updater=mrn", "updater.meta_every=200", "feedback.budget=25")

@@ -87,6 +87,7 @@ def test_a_class_of_ones_own_is_trained_in_with_its_arguments(module: str) -> No
     assert len(loop.parts.rollouts.finished) > 5, "its horizon did not end its episodes"
 
 
+@pytest.mark.slow
 def test_where_the_simulator_has_no_state_a_resumed_run_begins_a_new_episode(module: str) -> None:
     loop = made(f"env._target_={module}.Slide", "agent.noise_color=1.0")
     loop.stop = lambda: loop.step >= 345  # episodes of 40 steps: in the middle of the ninth
@@ -101,6 +102,7 @@ def test_where_the_simulator_has_no_state_a_resumed_run_begins_a_new_episode(mod
     assert [length for _, length in loop.parts.rollouts.finished] == [40] * 10, "none is the sum of two"
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_in_the_environment_it_was_trained_in(
     module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

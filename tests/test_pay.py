@@ -152,6 +152,7 @@ def test_standardised_by_hand() -> None:
     assert not Standardise(3, on=False).state_dict()
 
 
+@pytest.mark.slow
 def test_the_statistics_are_those_of_the_replay_and_stay(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "reward.normalise=true", "total_steps=210")
     loop.run()

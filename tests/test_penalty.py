@@ -194,7 +194,11 @@ def test_the_halves_are_estimated_from_different_labels():
     assert abs(cosine(*moves)) < 0.999
 
 
-@pytest.mark.parametrize("overrides", [[], ["updater.gate=off", "updater.clip=.inf"]], ids=["default", "raw"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(["updater.gate=off", "updater.clip=.inf"], marks=pytest.mark.slow)],
+    ids=["default", "raw"],
+)
 def test_it_runs_end_to_end(overrides, tmp_path):
     small = ["feedback.fresh_steps=200", "updater.walk.rollout_steps=100", "checkpoint_every=150"]
     loop = tiny_loop(tmp_path / "run", "updater=penalty", *small, *overrides)

@@ -41,8 +41,12 @@ def test_a_run_that_would_ask_nothing_is_refused_before_it_starts(tmp_path: Path
 
 @pytest.mark.parametrize(
     "overrides",
-    [("updater=pebble",), DENSE, (*DENSE, "query.branch_share=0.5"), ("feedback.schedule=decay", "feedback.budget=40")],
-    ids=["buffer", "fresh", "branches", "decay"],
+    [
+        pytest.param(("updater=pebble",), marks=pytest.mark.slow, id="buffer"),
+        pytest.param(DENSE, id="fresh"),
+        pytest.param((*DENSE, "query.branch_share=0.5"), marks=pytest.mark.slow, id="branches"),
+        pytest.param(("feedback.schedule=decay", "feedback.budget=40"), marks=pytest.mark.slow, id="decay"),
+    ],
 )
 def test_a_run_asks_what_was_planned_and_keeps_total_steps(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     loop = tiny_loop(tmp_path / "run", *overrides)
@@ -97,6 +101,7 @@ class Never(BaseCallback):
         return True
 
 
+@pytest.mark.slow
 def test_a_callback_that_goes_on_changes_nothing(tmp_path: Path) -> None:
     finish(tiny_loop(tmp_path / "a"))
     loop = tiny_loop(tmp_path / "b")
@@ -110,6 +115,7 @@ def resumed(run_dir: Path, *changes: str):
     return build(cfg, choices, [f"resume={run_dir}", *changes])
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_is_evaluated_at_its_new_end(tmp_path: Path) -> None:
     finish(tiny_loop(tmp_path / "run"))
     summary = finish(resumed(tmp_path / "run", "total_steps=610"))
@@ -120,6 +126,7 @@ def test_a_run_made_longer_is_evaluated_at_its_new_end(tmp_path: Path) -> None:
     assert again["eval_step"] == 610
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
     finish(tiny_loop(tmp_path / "run"))
     with pytest.raises(ConfigError, match="total_steps=500: this run has done 600; give at least that many"):
@@ -127,6 +134,7 @@ def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
     assert "total_steps: 600" in (tmp_path / "run/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_judge_who_has_moved_is_found_again(tmp_path: Path) -> None:
     run_dir, old, new = tmp_path / "run", "http://127.0.0.1:9/label", "http://127.0.0.1:10/label?a=b"
     tiny_loop(run_dir, "teacher=http", f"teacher.url={old}").release()
@@ -145,6 +153,7 @@ def test_a_judge_who_has_moved_is_found_again(tmp_path: Path) -> None:
         again(f"trust=['{new}']", "teacher.port=1")
 
 
+@pytest.mark.slow
 def test_the_bar_moves_while_fresh_steps_are_taken(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=aparl", "updater.implicit.estimator=off", "feedback.fresh_steps=150")
     seen: list[int] = []
@@ -154,6 +163,7 @@ def test_the_bar_moves_while_fresh_steps_are_taken(tmp_path: Path) -> None:
     assert seen == [400, 450, 550, 600]  # the second session was due at 300, the third when it had ended
 
 
+@pytest.mark.slow
 def test_a_session_is_a_line_of_a_terminal_and_says_what_is_hard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +178,7 @@ def test_a_session_is_a_line_of_a_terminal_and_says_what_is_hard(
     assert 0 <= summary["reward/recent_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_saturated_member_that_starts_anew_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = tiny_loop(tmp_path / "run", "updater=pebble", "teacher=oracle")
     with torch.no_grad():

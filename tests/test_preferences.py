@@ -509,6 +509,7 @@ for i in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_no_answer_is_lost_when_the_run_is_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "j")], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -26,6 +26,7 @@ def test_hybrid_replay_draws_the_published_share_from_recent_steps() -> None:
     assert ((drawn >= 150) & (drawn < 250)).mean() == pytest.approx(0.1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_hybrid_replay_ends_with_the_budget(tmp_path: Path) -> None:
     loop = tiny_loop(tmp_path / "run", "agent.hybrid_ratio=0.5", "total_steps=260")
     loop.run()
@@ -53,6 +54,7 @@ def test_near_policy_queries_come_from_the_last_episodes(tmp_path: Path) -> None
     loop.close(True)
 
 
+@pytest.mark.slow
 def test_one_clip_of_a_pair_comes_from_the_last_episodes_and_the_other_from_everything(tmp_path: Path) -> None:
     few = ("query=near-policy", "query.recent_episodes=1", "query.against_kept=true", "total_steps=250")
     loop = tiny_loop(tmp_path / "run", *few)

@@ -91,6 +91,7 @@ def test_commands_start_and_go_on(tmp_path: Path) -> None:
     assert one.command(run, 20)[3:] == [f"resume={folder}", "total_steps=20"]
 
 
+@pytest.mark.slow
 def test_the_shipped_candidates_compose() -> None:
     from tests.conftest import config
 
@@ -99,6 +100,7 @@ def test_the_shipped_candidates_compose() -> None:
         config("env=walker-walk", *common, *own)
 
 
+@pytest.mark.slow
 def test_the_shipped_candidates_are_the_same_agents_on_every_task() -> None:
     """Whatever the task's default agent: `lean` has no switch, and each other one just those that it names."""
     from tests.conftest import config

@@ -91,6 +91,7 @@ def test_wrong_answers_are_distrusted_within_the_first_epochs() -> None:
     assert trusted[7] < 0.7
 
 
+@pytest.mark.slow
 def test_rime_flips_and_distrusts_wrong_labels() -> None:
     preferences = answered(300, wrong=30)
     reward = small_reward(hidden=[64])
@@ -202,6 +203,7 @@ def test_rime_wraps_another_updater(tmp_path: Path) -> None:
     assert loop.parts.preferences.margin == 2, "the inner updater's margins are asked for"
 
 
+@pytest.mark.slow
 def test_an_epoch_is_one_pass_also_where_the_inner_updater_alone_takes_more(tmp_path: Path) -> None:
     limits = ("updater.epochs=3", "updater.least_epochs=3", "updater.warm_updates=0", "updater.warmup_epochs=0")
     finish(tiny_loop(tmp_path / "run", "updater=rime", "updater@updater.inner=pebble", *limits, "total_steps=350"))

@@ -32,6 +32,7 @@ def record_batches(loop: Loop, since: int) -> list[tuple[int, Batch]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sign"), [(RUNE, 1), (("reward.pessimism=0.5", "reward.pessimism_decay=0.01"), -1)]
 )
@@ -66,6 +67,7 @@ def test_returns_over_several_steps_are_paid_so_too(tmp_path: Path) -> None:
     loop.close(True)
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     finish(stopped_and_resumed(tmp_path, 250, *RUNE, "total_steps=420"))
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
@@ -73,6 +75,7 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_deviations_were_kept_is_paid_anew(tmp_path: Path, monkeypatch: Any) -> None:
     from pbrl.records import run_state
 

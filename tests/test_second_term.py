@@ -22,6 +22,7 @@ from tests.conftest import finish, option, tiny_loop
 # ------------------------------------------------------------------------------------------------ the truth
 
 
+@pytest.mark.slow
 def test_each_equals_central_differences_on_discounted_mdps():
     """Steps of 1e-5 leave an error of about 1e-9; asked for: 1e-6."""
     rows = tabular.exact(2)
@@ -252,6 +253,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     assert "needs a run's folder with a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["critic-pairs", "critic-adjoint"])
 def test_one_critic_is_enough(estimator, tmp_path):
     few = ["updater.implicit.rows=64", "updater.implicit.trajectory_length=5", "updater.implicit.actions=2"]

@@ -60,6 +60,7 @@ def test_surf_draws_unlabelled_pairs_per_label_and_keeps_the_newest() -> None:
     assert torch.equal(surf.unlabelled[0].obs[:20], old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "steps"), [(10, 79), (200, 1563)])
 def test_surf_takes_the_published_number_of_gradient_steps(labels: int, steps: int) -> None:
     """ceil(1000 · labels / 128), the last epoch cut short."""

@@ -249,6 +249,7 @@ def test_fused_adam_equals_the_optimizer_through_clearing_and_loading() -> None:
     assert float(optimizers[0].state[ours]["step"]) == 3
 
 
+@pytest.mark.slow
 def test_moments_of_dead_units_never_become_denormal() -> None:
     ours, plain = agent(), agent()
     plain._forget_tiny_moments = lambda: None  # type: ignore[method-assign]

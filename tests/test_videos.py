@@ -30,6 +30,7 @@ def test_training_does_not_notice_that_it_is_filmed(tmp_path: Path, tiny_run: Pa
     assert len(read_film(run_dir / "videos" / "feedback_000000200.mp4", SIZE, 2 * SIZE)) == 5 * 10
 
 
+@pytest.mark.slow
 def test_the_closing_lines_name_the_film_of_the_last_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_the_preferred_segment_has_the_bar(tmp_path: Path) -> None:
     assert all(np.ptp(colour) < 30 and colour.mean() < 150 for colour in centres[2]), "no grey bar on a skipped pair"
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_draw_trains_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
