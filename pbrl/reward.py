@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,18 @@ NEARLY_SATURATED = 0.1  # slope of an output that training hardly moves: a tanh'
 BLOCK = 1024  # rows of one forward pass without gradients: activations stay in the second-level cache
 PRECISIONS = ("fp32", "bf16")
 
+
+class FromZero(nn.Linear):
+    """A linear layer whose weights begin at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a layer on one row, float32 [n]
     nn.Linear: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
+    FromZero: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
     nn.LeakyReLU: lambda layer, x: np.maximum(x, np.float32(layer.negative_slope) * x),
     nn.ReLU: lambda layer, x: np.maximum(x, np.float32(0)),
     nn.SiLU: lambda layer, x: x * expit(x),
@@ -66,6 +77,30 @@ class Layers(nn.Sequential):
         return x
 
 
+class SkipLayers(Layers):
+    """Layers whose sum before the output has a linear function of the inputs beside it: a skip connection."""
+
+    def __init__(self, *layers: nn.Module, skip: nn.Linear) -> None:
+        super().__init__(*layers)
+        self.add_module("skip", skip)  # the last in order
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        layers: list[Any] = list(self)
+        *hidden, last, output, skip = layers
+        x = inputs
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                x = layer.forward(x)
+        return output.forward(last.forward(x.to(last.weight.dtype)) + skip.forward(inputs))
+
+    def row(self, x: np.ndarray) -> np.ndarray:
+        *hidden, output, skip = list(self)
+        y = x
+        for layer in hidden:
+            y = ROWWISE[type(layer)](layer, y)
+        return ROWWISE[type(output)](output, y + ROWWISE[type(skip)](skip, x))
+
+
 class RewardEnsemble(nn.Module):
     """M independent reward networks over the concatenated observation and action, or over the observation alone.
 
@@ -73,6 +108,8 @@ class RewardEnsemble(nn.Module):
         obs_dim, act_dim: sizes of one observation and one action.
         members: M ≥ 1.
         hidden: widths of the hidden layers.
+        skip: add a linear function of the inputs to what the hidden layers say, which begins at zero: a member is
+            linear at first and bends where answers ask for it. Wants a hidden layer.
         activation: one of leaky_relu, relu, silu, tanh. Smooth ones (silu, tanh) where a mixed second derivative is
             taken pathwise: kinks make it wrong.
         output: tanh (rewards in (−1, 1), as published), sigmoid or linear.
@@ -107,12 +144,14 @@ class RewardEnsemble(nn.Module):
         disagreement_bonus: float = 0.0,
         disagreement_decay: float = 1e-5,
         convexity: float = 0.0,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         check(
             "reward",
             members=(members, members >= max(lowest_of, 1), f"at least {max(lowest_of, 1)}"),
             hidden=(list(hidden), min(hidden, default=1) >= 1, "widths of at least 1"),
+            skip=(skip, not skip or len(hidden) > 0, "false where there is no hidden layer"),
             learning_rate=(learning_rate, learning_rate > 0, "a positive number"),
             activation=(activation, activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
             output=(output, output in OUTPUTS, f"one of {', '.join(OUTPUTS)}"),
@@ -124,7 +163,7 @@ class RewardEnsemble(nn.Module):
             torch.manual_seed(seed)
             size = obs_dim + act_dim if sees_actions else obs_dim
             self.members = nn.ModuleList(
-                self._build(size, hidden, ACTIVATIONS[activation], OUTPUTS[output]) for _ in range(members)
+                self._build(size, hidden, ACTIVATIONS[activation], OUTPUTS[output], skip) for _ in range(members)
             )
         for member in self.members:
             member.bf16 = precision == "bf16"  # type: ignore[assignment]
@@ -134,13 +173,19 @@ class RewardEnsemble(nn.Module):
 
     @staticmethod
     def _build(
-        size: int, hidden: Sequence[int], activation: Callable[[], nn.Module], output: Callable[[], nn.Module]
+        size: int,
+        hidden: Sequence[int],
+        activation: Callable[[], nn.Module],
+        output: Callable[[], nn.Module],
+        skip: bool,
     ) -> Layers:
         layers: list[nn.Module] = []
-        for width in hidden:
-            layers += [nn.Linear(size, width), activation()]
-            size = width
-        return Layers(*layers, nn.Linear(size, 1), output())
+        widths = [size, *hidden]
+        for before, width in itertools.pairwise(widths):
+            layers += [nn.Linear(before, width), activation()]
+        if skip:
+            return SkipLayers(*layers, FromZero(widths[-1], 1), output(), skip=nn.Linear(size, 1))
+        return Layers(*layers, nn.Linear(widths[-1], 1), output())
 
     @property
     def device(self) -> torch.device:
