@@ -130,7 +130,8 @@ def _report(agent: PreferenceSAC, env: Any, reward: RewardEnsemble, options: arg
     cfg, choices = read_config(options.run, options.trust, PARTS)
     if choices.get("updater") != "oracle":
         correlation = agreement(agent, env, reward, options.seed, cfg.segment_length)
-        print(f"  learned reward and true return of one episode's segments: rank correlation {correlation:.2f}")
+        known = f"{correlation:.2f}" if np.isfinite(correlation) else "unknown (fewer than four segments, or all alike)"
+        print(f"  learned reward and true return of one episode's segments: rank correlation {known}")
     if options.video is not None:
         path = Path(options.video or options.run / "videos" / f"step_{agent.num_timesteps:09d}.mp4")
         total = record(agent, env, options.seed, path)

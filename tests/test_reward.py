@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 
 from pbrl.fitting import train_epochs
 from pbrl.losses import bradley_terry_loss, calibration_error, correct, log_likelihood, preference_logits
+from pbrl.preferences import Preferences
 from pbrl.reed import DynamicsAwareReward
 from pbrl.reward import ACTIVATIONS, OUTPUTS, RewardEnsemble
-from pbrl.types import Segments
+from pbrl.types import Answer, Query, Segments
+from tests.conftest import option
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -61,10 +65,10 @@ def test_prediction_in_blocks_equals_the_forward_pass() -> None:
     np.testing.assert_allclose(reward.predict(obs, actions), whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [RewardEnsemble, DynamicsAwareReward])
+@pytest.mark.parametrize("kind", [RewardEnsemble, DynamicsAwareReward, partial(RewardEnsemble, skip=True)])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("output", list(OUTPUTS))
-def test_one_row_is_paid_as_many_are(kind: type[RewardEnsemble], activation: str, output: str) -> None:
+def test_one_row_is_paid_as_many_are(kind: Callable[..., RewardEnsemble], activation: str, output: str) -> None:
     reward = kind(5, 2, members=2, hidden=(8, 9), activation=activation, output=output, seed=3)
     rng = np.random.default_rng(0)
     obs, actions = 9 * rng.normal(size=(3, 5)).astype(np.float32), rng.uniform(-1, 1, (3, 2)).astype(np.float32)
@@ -73,6 +77,52 @@ def test_one_row_is_paid_as_many_are(kind: type[RewardEnsemble], activation: str
         alone = reward.predict(obs[i : i + 1], actions[i : i + 1])
         assert alone.dtype == together.dtype and alone.shape == (2, 1)
         np.testing.assert_allclose(alone[:, 0], together[:, i], rtol=1e-5, atol=1e-6)
+
+
+def test_a_member_with_a_skip_begins_linear_and_bends_where_answers_ask_for_it() -> None:
+    """Preferred is what is near the middle: no linear function of the input orders that."""
+    reward = RewardEnsemble(1, 1, members=2, hidden=(32,), sees_actions=False, learning_rate=1e-2, skip=True, seed=0)
+
+    def before_the_tanh(x: float) -> np.ndarray:
+        return np.arctanh(reward.predict(np.full((2, 1), x, np.float32), np.zeros((2, 1), np.float32))[:, 0])
+
+    bend = before_the_tanh(-1.0) - 2 * before_the_tanh(0.0) + before_the_tanh(1.0)
+    np.testing.assert_allclose(bend, 0.0, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (2 * torch.rand(200, 4, 1, generator=generator) - 1 for _ in range(2))
+    labels = (first.square().sum((1, 2)) < second.square().sum((1, 2))).float()
+    pairs = Segments(first, torch.zeros_like(first)), Segments(second, torch.zeros_like(second))
+    fit = option("updater", "pebble", fit={"shrink": 0.0, "crop": None, "least_steps": 300}).fit
+    preferences = Preferences({})
+    preferences.add(Query(*pairs, torch.zeros(200, 2, 4), 0.0), Answer(labels, torch.ones(200, dtype=torch.bool)), 0)
+    fit(reward, preferences, np.random.default_rng(0))
+    assert (before_the_tanh(-1.0) - 2 * before_the_tanh(0.0) + before_the_tanh(1.0) < -0.5).all()
+
+
+def test_a_skips_gradient_is_that_of_central_differences() -> None:
+    reward = RewardEnsemble(3, 2, members=1, hidden=(4, 4), activation="silu", skip=True, seed=1).double()
+    with torch.no_grad():
+        for parameter in reward.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    obs, actions = (torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (3, 2))
+    weights = tuple(reward.parameters())
+    names = [name for name, _ in reward.named_parameters()]
+
+    def rewards(obs: torch.Tensor, actions: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(reward, dict(zip(names, weights, strict=True)), (obs, actions))
+
+    assert "members.0.skip.weight" in names
+    assert torch.autograd.gradcheck(rewards, (obs, actions, *weights))
+
+
+def test_a_member_that_starts_anew_begins_linear_again() -> None:
+    reward = RewardEnsemble(2, 2, members=1, hidden=(8,), skip=True, seed=0)
+    with torch.no_grad():
+        for parameter in reward.parameters():
+            parameter.fill_(2.0)
+    ones = torch.ones(4, 5, 2)
+    assert reward.renew_saturated(Segments(ones, ones), np.random.default_rng(0)) == 1
+    assert not reward.members[0][-3].weight.any() and reward.members[0][-1].weight.any()
 
 
 def test_members_differ_and_the_seed_decides() -> None:
@@ -91,7 +141,8 @@ def test_building_does_not_touch_the_global_generator() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"members": 0}, {"activation": "gelu"}, {"output": "softmax"}, {"precision": "fp8"}]
+    "options",
+    [{"members": 0}, {"activation": "gelu"}, {"output": "softmax"}, {"precision": "fp8"}, {"skip": True, "hidden": ()}],
 )
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
