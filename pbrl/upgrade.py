@@ -59,6 +59,9 @@ def upgrade(stored: dict[str, Any]) -> None:
     agent = stored.get("agent")
     if isinstance(agent, dict) and agent.get("_target_") == "pbrl.agent.sac.make_agent":
         stored["agent"] = AGENT | agent
+    reward = stored.get("reward")
+    if isinstance(reward, dict) and reward.get("_target_") == "pbrl.reward.RewardEnsemble":
+        reward.setdefault("skip", False)
     updater = stored.get("updater")
     while isinstance(updater, dict):
         _upgrade_updater(updater, stored.get("segment_length"))
