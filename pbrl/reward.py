@@ -44,7 +44,7 @@ class FromZero(nn.Linear):
 
 ROWWISE: dict[type[nn.Module], Callable[[Any, np.ndarray], np.ndarray]] = {  # a layer on one row, float32 [n]
     nn.Linear: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
-    FromZero: lambda layer, x: layer.weight.detach().numpy() @ x + layer.bias.detach().numpy(),
+    FromZero: lambda layer, x: ROWWISE[nn.Linear](layer, x),
     nn.LeakyReLU: lambda layer, x: np.maximum(x, np.float32(layer.negative_slope) * x),
     nn.ReLU: lambda layer, x: np.maximum(x, np.float32(0)),
     nn.SiLU: lambda layer, x: x * expit(x),
@@ -77,28 +77,20 @@ class Layers(nn.Sequential):
         return x
 
 
-class SkipLayers(Layers):
-    """Layers whose sum before the output has a linear function of the inputs beside it: a skip connection."""
+class Skip(nn.Module):
+    """Layers and, beside them, a linear function of their inputs; an output of the sum of both."""
 
-    def __init__(self, *layers: nn.Module, skip: nn.Linear) -> None:
-        super().__init__(*layers)
-        self.add_module("skip", skip)  # the last in order
+    def __init__(self, layers: Layers, skip: nn.Linear, output: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.skip, self.output = layers, skip, output
 
     def forward(self, inputs: Tensor) -> Tensor:
-        layers: list[Any] = list(self)
-        *hidden, last, output, skip = layers
-        x = inputs
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
-            for layer in hidden:
-                x = layer.forward(x)
-        return output.forward(last.forward(x.to(last.weight.dtype)) + skip.forward(inputs))
+        rewards: Tensor = self.output(self.layers(inputs) + self.skip(inputs))
+        return rewards
 
     def row(self, x: np.ndarray) -> np.ndarray:
-        *hidden, output, skip = list(self)
-        y = x
-        for layer in hidden:
-            y = ROWWISE[type(layer)](layer, y)
-        return ROWWISE[type(output)](output, y + ROWWISE[type(skip)](skip, x))
+        """As `Layers.row`."""
+        return ROWWISE[type(self.output)](self.output, self.layers.row(x) + ROWWISE[nn.Linear](self.skip, x))
 
 
 class RewardEnsemble(nn.Module):
@@ -165,8 +157,9 @@ class RewardEnsemble(nn.Module):
             self.members = nn.ModuleList(
                 self._build(size, hidden, ACTIVATIONS[activation], OUTPUTS[output], skip) for _ in range(members)
             )
-        for member in self.members:
-            member.bf16 = precision == "bf16"  # type: ignore[assignment]
+        for layers in self.modules():
+            if isinstance(layers, Layers):
+                layers.bf16 = precision == "bf16"
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         self.obs_scale = Standardise(obs_dim, normalise)
         self.action_scale = Standardise(act_dim, normalise and sees_actions)
@@ -178,13 +171,13 @@ class RewardEnsemble(nn.Module):
         activation: Callable[[], nn.Module],
         output: Callable[[], nn.Module],
         skip: bool,
-    ) -> Layers:
+    ) -> Layers | Skip:
         layers: list[nn.Module] = []
         widths = [size, *hidden]
         for before, width in itertools.pairwise(widths):
             layers += [nn.Linear(before, width), activation()]
         if skip:
-            return SkipLayers(*layers, FromZero(widths[-1], 1), output(), skip=nn.Linear(size, 1))
+            return Skip(Layers(*layers, FromZero(widths[-1], 1), nn.Identity()), nn.Linear(size, 1), output())
         return Layers(*layers, nn.Linear(widths[-1], 1), output())
 
     @property

@@ -115,6 +115,19 @@ def test_a_skips_gradient_is_that_of_central_differences() -> None:
     assert torch.autograd.gradcheck(rewards, (obs, actions, *weights))
 
 
+def test_a_skips_hidden_layers_alone_are_rounded() -> None:
+    exact, rounded = (RewardEnsemble(3, 1, hidden=(16,), skip=True, precision=name) for name in ("fp32", "bf16"))
+    obs, actions = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32), np.zeros((200, 1), np.float32)
+    np.testing.assert_array_equal(rounded.predict(obs, actions), exact.predict(obs, actions))  # the linear function
+    with torch.no_grad():
+        for reward in (exact, rounded):
+            for member in reward.members:
+                member.layers[-2].weight.fill_(0.1)
+    found, expected = rounded.predict(obs, actions), exact.predict(obs, actions)
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
 def test_a_member_that_starts_anew_begins_linear_again() -> None:
     reward = RewardEnsemble(2, 2, members=1, hidden=(8,), skip=True, seed=0)
     with torch.no_grad():
@@ -122,7 +135,8 @@ def test_a_member_that_starts_anew_begins_linear_again() -> None:
             parameter.fill_(2.0)
     ones = torch.ones(4, 5, 2)
     assert reward.renew_saturated(Segments(ones, ones), np.random.default_rng(0)) == 1
-    assert not reward.members[0][-3].weight.any() and reward.members[0][-1].weight.any()
+    assert not reward.members[0].layers[-2].weight.any()
+    assert (reward.members[0].skip.weight != 2.0).all()
 
 
 def test_members_differ_and_the_seed_decides() -> None:
