@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,18 @@ def test_it_prints_numbers_and_writes_a_video(
     assert "success" in shown
     frames = read_film(tmp_path / "v.mp4", SIZE, SIZE)
     assert len(frames) == 50 and np.ptp(frames[0]) > 0
+
+
+def test_a_rank_correlation_of_too_few_segments_is_unknown(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert main([str(run), "--episodes", "1"]) == 0
+    assert re.search(r"rank correlation -?[01]\.\d\d\n", capsys.readouterr().out)
+    (run / "config.yaml").write_text(config.replace("segment_length: 10", "segment_length: 25"))  # of 50 steps
+    assert main([str(run), "--episodes", "1"]) == 0
+    assert "rank correlation unknown (fewer than four segments" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
