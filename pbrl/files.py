@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 TEXT_BYTES = 2**20  # of a small text file: a thousand times what it holds
 YAML_BYTES = 262_144  # of a config: forty times a long one
 YAML_DEPTH = 50  # tables within tables
-PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
+PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
 SHOWN = 300  # characters of a stranger's text in one line on the terminal
 
 

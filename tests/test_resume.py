@@ -233,8 +233,8 @@ def asked(run: Path) -> list[str]:
 
 
 UPDATERS = [*sorted(set(options("updater")) - {"oracle"}), "fresh"]
-# Each updater with one teacher, by turns, and with people those that ask about fresh steps too: what an updater and
-# what a teacher store is stored apart, and where the two meet is what is asked about.
+# Each updater with one teacher, by turns, and with people also pebble and those that ask about fresh steps: what an
+# updater and what a teacher store is stored apart, and where the two meet is what is asked about.
 MET = {*zip(UPDATERS, itertools.cycle(TEACHERS)), *((name, "people") for name in (*LONG, "pebble"))}
 
 
