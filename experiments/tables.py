@@ -116,6 +116,27 @@ def agents() -> Table:
     return table
 
 
+def few_answers() -> Table:
+    """walker-walk, 100 answers, 100,000 control steps: fresh seeds of the shallow reward with a linear path, and PEBBLE."""
+    lean = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))["pebble"]
+    campaign = dict(_methods(STORED / "campaign" / "walker-walk"))
+    skip = dict(_methods(STORED / "agent" / "100-answers"))["lnc-ar2-parts-skip"]
+    rows = [
+        ("`reward.skip`, the agent and the questions of BF", [run for run in skip if run.seed >= 60]),
+        ("PEBBLE as fitted here, uneven batches", lean + campaign["pebble"]),
+        ("PEBBLE as fitted here (default)", campaign["pebble-even"]),
+    ]
+    ours = _areas(rows[0][1])
+    scores = ["return over the last tenth, by seed", "mean [95 %]", "area under the curve, by seed", "mean [95 %]"]
+    table = [["method", "seeds", *scores, "the first's area less this one's [95 %]"]]
+    for name, runs in rows:
+        values = (_finals(runs, "eval/return"), _areas(runs))
+        cells = [cell for some in values for cell in (_listed(list(some), ".0f"), _mean(some))]
+        less = "–" if runs is rows[0][1] else _welch(ours, _areas(runs))
+        table.append([name, _listed([run.seed for run in runs], ""), *cells, less])
+    return table
+
+
 def true_reward() -> Table:
     """dm_control, true reward, fresh seeds of the steadier agent: return at 100,000 control steps."""
     published = {"cheetah-run": (329, 559), "quadruped-walk": (76, 666), "walker-walk": (783, 951)}  # ten seeds each
@@ -568,6 +589,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "new-reward": new_reward,
     "novel": novel,
     "default": default,
+    "few-answers": few_answers,
     "figure-2-again": figure_2_again,
     "quick": quick,
     "blame": blame,
