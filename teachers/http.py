@@ -176,11 +176,11 @@ class HTTPTeacher(Teacher):
         headers = {"Content-Type": "application/json"}
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 self._pause(attempt, problem)
+            request = urllib.request.Request(self.url, body, headers, method="POST")  # a proxy's handler changes it
             try:
                 return self._exchange(request, limit)
             except urllib.error.HTTPError as error:

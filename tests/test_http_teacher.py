@@ -228,6 +228,22 @@ def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses == [10, 20, 40, 60]
 
 
+def test_every_attempt_through_a_proxy_is_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(connection: socket.socket) -> None:
+        seen.append(connection.recv(65_536).split(b" HTTP/1.")[0])
+        connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+
+    seen: list[bytes] = []
+    with contextlib.ExitStack() as stack:
+        for name in ("HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{served(fail, stack)}")
+        asked = HTTPTeacher("https://judge.example/label", timeout=5.0, retries=3, backoff=0.01)
+        with pytest.raises(HTTPTeacherError, match="after 4 attempts"):
+            labels(asked, query(1))
+    assert seen == [b"CONNECT judge.example:443"] * 4
+
+
 @pytest.mark.parametrize("status", [302, 400, 401, 404])
 def test_refusals_are_not_repeated(status: int) -> None:
     with always(b"no", status) as server, pytest.raises(HTTPTeacherError, match=f"{server.url} refused.*{status}"):
