@@ -196,7 +196,7 @@ class HTTPTeacher(Teacher):
         )
 
     def _pause(self, attempt: int, problem: str) -> None:
-        seconds = min(self.backoff * 2 ** (attempt - 1), 60.0)
+        seconds = min(self.backoff * 2.0 ** min(attempt - 1, 1000), 60.0)  # 2.0 ** 1024 overflows
         log.warning("%s: %s; trying again in %g s (%d of %d)", self.url, problem, seconds, attempt, self.retries)
         time.sleep(seconds)
         self._retried += 1

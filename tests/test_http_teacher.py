@@ -228,6 +228,15 @@ def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses == [10, 20, 40, 60]
 
 
+def test_pauses_stay_a_minute_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("teachers.http.time.sleep", pauses.append)
+    asked = HTTPTeacher("http://127.0.0.1:1/", retries=2000)
+    for attempt in (1024, 1025, 2000):
+        asked._pause(attempt, "down")
+    assert pauses == [60.0] * 3
+
+
 def test_every_attempt_through_a_proxy_is_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(connection: socket.socket) -> None:
         seen.append(connection.recv(65_536).split(b" HTTP/1.")[0])
