@@ -410,6 +410,9 @@ GOOD = {"rater": "you", "answer": "x", "number": 1, "repeat": False, "label": 1,
         ("POST", "/api/answer", GOOD, {"Origin": "http://evil.example"}, 403),
         ("POST", "/api/answer", GOOD, {"Origin": "null"}, 403),
         ("POST", "/api/answer", GOOD, {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("GET", "/api/clip?number=1&repeat=false", None, {"Sec-Fetch-Site": "same-site"}, 403),
+        ("GET", "/", None, {"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, 403),
+        ("GET", "/", None, {"Sec-Fetch-Site": "cross-site", "Host": "evil.example"}, 421),
         ("POST", "/api/answer", GOOD, {"Content-Type": "text/plain"}, 415),
         ("GET", "/../../../../etc/passwd", None, {}, 404),
         ("GET", "/%2e%2e/%2e%2e/setup.cfg", None, {}, 404),
@@ -444,6 +447,13 @@ def test_what_is_wrong_is_refused_in_a_line(
     assert got == status
     assert content.count(b"\n") == 1 and len(content) < 200 and client.token.encode() not in content
     assert store.progress("you")["mine"] == 0, "nothing was written"
+
+
+@pytest.mark.parametrize("site", ["none", "same-origin", "same-site", "cross-site"])
+def test_a_link_from_any_page_opens_the_page(served: tuple[Client, LabelStore], site: str) -> None:
+    headers = {"Authorization": "", "Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    status, page, _ = served[0].request("GET", "/", None, headers)
+    assert status == 200 and b"<script src=" in page
 
 
 def test_headers_keep_the_page_to_itself(served: tuple[Client, LabelStore]) -> None:

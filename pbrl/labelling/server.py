@@ -206,8 +206,10 @@ class Labelling:
     async def _respond(self, request: Any) -> Any:
         self._check_origin(request)
         path = request.scope["path"]
-        if request.method == "GET" and path in self.files:
+        if request.method == "GET" and path in self.files:  # a link to it may stand on any page
             return self.files[path]
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise Denied(403, "asked by a foreign page")
         given = request.headers.get("authorization", "").encode()
         known = hmac.compare_digest(given, b"Bearer " + self.token)
         if not (self.known if known else self.strangers).take():
@@ -243,8 +245,6 @@ class Labelling:
         origin = request.headers.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise Denied(403, "foreign Origin")
-        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Denied(403, "asked by a foreign page")
 
     def _own(self, host: str) -> bool:
         try:
