@@ -592,10 +592,21 @@ def test_the_token_is_in_no_file_and_in_no_list_of_processes(tmp_path: Path) -> 
         store.close()
 
 
-def test_a_short_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PBRL_LABELLING_TOKEN", "secret")
-    with pytest.raises(ValueError, match="at least 16"):
+@pytest.mark.parametrize("token", ["secret", *(f"0123456789abcdef{letter}" for letter in '"<>`%/ \nä')])
+def test_a_token_that_is_short_or_no_part_of_a_link_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("PBRL_LABELLING_TOKEN", token)
+    monkeypatch.setattr(Service, "_start", lambda service: None)
+    with pytest.raises(ValueError, match="at least 16 characters of A-Z, a-z, 0-9 and") as error:
         Service(settings(tmp_path / "x"))
+    assert token not in str(error.value)
+
+
+def test_a_token_of_all_letters_that_links_keep_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBRL_LABELLING_TOKEN", "Ab0.1_2~3-456789")
+    monkeypatch.setattr(Service, "_start", lambda service: None)
+    assert Service(settings(tmp_path / "x")).link.endswith("#Ab0.1_2~3-456789")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.7"])

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -33,8 +34,8 @@ class Service:
         if missing:
             raise ValueError(f"the labelling page needs {' and '.join(missing)}: pip install 'pbrl[human]'")
         token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-        if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-            raise ValueError(f"{TOKEN} must have at least {SHORTEST_TOKEN} letters and digits")
+        if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{SHORTEST_TOKEN},}}", token):  # browsers rewrite others behind a #
+            raise ValueError(f"{TOKEN} must have at least {SHORTEST_TOKEN} characters of A-Z, a-z, 0-9 and . _ ~ -")
         self._settings = {**settings, "token": token}
         self._told: dict[str, str] = {}  # what a restarted server must hear again
         self.host, self.port = str(settings["host"]), port
