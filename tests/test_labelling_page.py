@@ -93,6 +93,18 @@ def test_keys_undo_skip_equal_reload_and_a_second_tab(teacher: HumanTeacher, chr
     assert not any(link.rpartition("#")[2] in url for url in person.requests), "the token is in no address"
 
 
+def test_space_presses_the_button_in_focus(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    for count, key in enumerate((" ", "Enter"), 1):
+        assert person.question()["number"] == count
+        person.page.focus(".keys [data-do=left]")
+        person.page.keyboard.press(key)
+        wait_for(lambda count=count: len(answers(tmp_path)) == count)
+    assert not person.page.evaluate("paused")
+    person.page.keyboard.press(" ")
+    assert person.page.evaluate("paused"), "no button is in focus any more"
+
+
 def test_two_raters_on_wide_and_narrow_screens(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
     link = teacher._open()[1].link
     anna, ben = (Person(chromium, link, tmp_path, name, width) for name, width in (("anna", 1100), ("ben", 360)))

@@ -298,6 +298,7 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "equal", ArrowDo
 
 document.addEventListener("keydown", (event) => {
   if (!(event.key in KEYS) || event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key === " " && event.target.closest("button")) return; // it presses the button, as everywhere
   event.preventDefault(); // no scrolling; no second press of a focused button
   act(KEYS[event.key]);
 });
