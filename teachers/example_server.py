@@ -9,7 +9,9 @@ Only this machine can reach it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,6 +35,7 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 60  # seconds a client may take to send its request
     known: dict[str, list[float | None]] = {}  # noqa: RUF012  # answers by request id, shared by all connections
+    judging: dict[str, threading.Lock] = {}  # noqa: RUF012  # by request id: one that is repeated meanwhile waits
 
     def do_POST(self) -> None:
         try:
@@ -41,19 +44,21 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError(f"a request of {length} bytes")
             request = json.loads(self.rfile.read(length))
             name = request["id"]
-            if name not in self.known:
-                self.known[name] = [judge(pair["first"], pair["second"]) for pair in request["pairs"]]
+            with self.judging.setdefault(name, threading.Lock()):
+                if name not in self.known:
+                    self.known[name] = [judge(pair["first"], pair["second"]) for pair in request["pairs"]]
             self._reply(200, {"answers": self.known[name]})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._reply(400, {"error": f"not a request of teachers.http: {error!r}"})
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # who asked has left; he is answered from memory when he asks again
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ from pbrl.asking import AnswerJournal, TeacherError, ask
 from pbrl.interfaces import PlainEnvironment
 from pbrl.launch.configuration import ConfigError
 from pbrl.types import Query, Segments
+from teachers import example_server as example
 from teachers.http import TOKEN, HTTPTeacher, HTTPTeacherError
 from tests.conftest import tiny_loop
 
@@ -587,3 +588,25 @@ def test_the_example_server_refuses_what_is_no_request(example_server: str) -> N
             urllib.request.urlopen(example_server, body, timeout=5)
         assert caught.value.code == 400
         caught.value.close()
+
+
+def test_the_example_server_judges_a_request_once_though_it_is_repeated_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(first: Any, second: Any) -> float:
+        judged.append(first)
+        time.sleep(0.3)
+        return 1.0
+
+    judged: list[Any] = []
+    monkeypatch.setattr(example, "judge", slow)
+    with ThreadingHTTPServer(("127.0.0.1", 0), example.Handler) as server:
+        server.daemon_threads = False  # closing waits for what is left of them
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        asked = HTTPTeacher(f"http://127.0.0.1:{server.server_port}/", timeout=0.2, retries=50, backoff=0.01)
+        try:
+            assert labels(asked, query(2)) == [1, 1]
+        finally:
+            server.shutdown()
+    assert asked.metrics()["teacher/http_retries"] >= 2 and len(judged) == 2
+    assert "Traceback" not in capsys.readouterr().err, "of a client that has left"
