@@ -140,17 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RecursionError) as error:  # the last: tables nested without end
         print(f"error: {given.source}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    complete = False
+    complete = collected = stopped = False
     try:
-        try:
-            _until_answered(teacher, query)
-        except KeyboardInterrupt:
-            print("\nstopped; the same command goes on")
-        result = labelled(stored, query, teacher)
+        while not (collected or stopped):  # an answer may be taken back until the labels are collected
+            try:
+                _until_answered(teacher, query)
+            except KeyboardInterrupt:
+                print("\nstopped; the same command goes on")
+                stopped = True
+            result = labelled(stored, query, teacher)
+            collected = result.asked == len(stored)
         if len(result):
             result.save(out)
             print(f"{out}: {len(result)} of {len(stored)} pairs labelled by people")
-        complete = result.asked == len(stored)
+        complete = collected
     except (OSError, ValueError) as error:  # a full disk, a server that cannot be started again
         print(f"error: {error}; what was answered is kept: the same command goes on", file=sys.stderr)
         return 1

@@ -256,7 +256,7 @@ def test_an_attack_is_refused_in_a_line_or_does_nothing(
     before, cfg, (_, choices) = contents(outside), composed()[0].copy(), composed()
     cfg.resume = str(stored)
     monkeypatch.setattr(labelling, "Service", Draws)
-    monkeypatch.setattr(label, "_until_answered", lambda teacher, query: teacher.post(query))
+    monkeypatch.setattr(label, "_until_answered", nobody_answers)
 
     def labelled() -> str | None:
         out = ["--out", str(stored / "labels.npz")]
@@ -285,6 +285,12 @@ def test_an_attack_is_refused_in_a_line_or_does_nothing(
     assert contents(outside) == before
     assert not mark.exists()
     assert "payload" not in sys.modules
+
+
+def nobody_answers(teacher: Any, query: Any) -> None:
+    """In place of people at the page: it is shown, and stopped with Ctrl-C."""
+    teacher.post(query)
+    raise KeyboardInterrupt
 
 
 def damaged_runs(folder: Path) -> list[str]:

@@ -313,6 +313,24 @@ def test_labelling_ends_when_nothing_can_be_undone_any_more(
     teacher.close(complete=True)
 
 
+def test_an_answer_taken_back_before_the_labels_are_collected_is_asked_again(
+    tmp_path: Path, no_page: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(teacher: Any, query: Query) -> None:
+        teacher.post(query)
+        store = teacher._open()[0]
+        while store.next("you"):
+            give(store, "you", 1.0)
+        if not rounds:
+            store.undo("you", store.last("you"))
+        rounds.append(len(query))
+
+    rounds = list[int]()
+    monkeypatch.setattr(label, "_until_answered", answered)
+    assert label.main([str(exported(tmp_path / "pairs.npz")), "--repeats=0"]) == 0
+    assert len(rounds) == 2 and len(Preferences.load(tmp_path / "pairs-people.npz")) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_runs_pairs_are_labelled_offline_and_start_another_run(tiny_run: Path, tmp_path: Path, folder: bool) -> None:
