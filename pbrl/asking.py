@@ -78,7 +78,8 @@ def _ask(
     pieces: list[Answer] = []
     with contextlib.closing(answer), journal.room_for(query, len(query)):
         for pair in range(len(query)):
-            pieces.append(_next_answer(answer, pair, len(query), on_asking, name))
+            hears = (lambda asking: None) if teacher.at_hand else on_asking
+            pieces.append(_next_answer(answer, pair, len(query), hears, name))
             _write_down(teacher, query[pair : pair + 1], pieces[-1], journal)
     return _joined(pieces)
 

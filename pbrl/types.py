@@ -182,6 +182,7 @@ class Teacher(ABC):
     wait: bool = True  # training waits for the answers; False: it goes on, and the loop calls `post` and `collect`
     needs_states: bool = False  # asks only about segments whose simulator state is known
     shows_link: bool = False  # prints a link that is for the person at the terminal only
+    at_hand: bool = False  # of a generator: its next label is here already, and an interrupt waits for it
     durable: bool = False  # writes each answer down itself, and gives it again when the same pairs are asked again
 
     def post(self, query: Query) -> None:

@@ -136,8 +136,14 @@ class HTTPTeacher(Teacher):
             HTTPTeacherError: naming the url and, for a malformed answer, the pair and the value.
         """
         self._retried = 0
-        for start in range(0, len(query), self.pairs_per_request):
-            yield from self._ask(query[start : start + self.pairs_per_request], start)
+        try:
+            for start in range(0, len(query), self.pairs_per_request):
+                part = self._ask(query[start : start + self.pairs_per_request], start)
+                for number, label in enumerate(part, 1):
+                    self.at_hand = number < len(part)
+                    yield label
+        finally:
+            self.at_hand = False
 
     def metrics(self) -> dict[str, float]:
         """`teacher/http_retries`: attempts repeated during the last query."""

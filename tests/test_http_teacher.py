@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from envs.pointmass import PointMass
 from pbrl.asking import AnswerJournal, TeacherError, ask
 from pbrl.interfaces import PlainEnvironment
 from pbrl.launch.configuration import ConfigError
+from pbrl.launch.one_run import Interrupts
 from pbrl.types import Query, Segments
 from teachers import example_server as example
 from teachers.http import TOKEN, HTTPTeacher, HTTPTeacherError
@@ -450,6 +452,27 @@ def test_parts_answered_before_a_kill_are_on_the_disk(tmp_path: Path) -> None:
     with Server(reply) as server, pytest.raises(TeacherError):
         ask(teacher(server, pairs_per_request=2, retries=0), query(6), AnswerJournal(path))
     assert shown == [4], "what a kill leaves while the third part is being judged"
+
+
+def test_an_interrupt_waits_for_the_labels_of_a_part_and_for_no_other_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def append(*arguments: Any) -> None:
+        write(*arguments)
+        if not interrupts.requested:
+            interrupts._handle(signal.SIGINT, None)  # while the first of two labels is written down
+
+    path, interrupts = tmp_path / "answers.jsonl", Interrupts()
+    journal = AnswerJournal(path)
+    write = journal.append
+    monkeypatch.setattr(journal, "append", append)
+    with counting(0) as server:
+        asked = teacher(server, pairs_per_request=2)
+        with pytest.raises(KeyboardInterrupt):
+            ask(asked, query(4), journal, interrupts.set_asking)
+        assert path.read_bytes().count(b"\n") == 2 and not asked.at_hand
+        ask(asked, query(4), AnswerJournal(path))
+    assert [len(request["pairs"]) for request in server.requests] == [2, 2], "no pair is judged twice"
 
 
 @pytest.mark.parametrize(
