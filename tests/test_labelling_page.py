@@ -154,6 +154,44 @@ def test_nobody_judges_what_he_cannot_see(teacher: HumanTeacher, chromium: Any, 
     assert not person.page.is_visible("#notice")
 
 
+# A browser that loads nothing before `play()`, as some on telephones; and one that then refuses to play.
+ON_DEMAND = """
+  const media = HTMLMediaElement.prototype, { set } = Object.getOwnPropertyDescriptor(media, "src"), start = media.play;
+  Object.defineProperty(media, "src", { get() { return this.kept || ""; }, set(url) { this.kept = this.next = url; } });
+  media.play = function () {
+    if (this.next) set.call(this, this.next);
+    this.next = null;
+    return start.call(this);
+  };
+"""
+NEVER = "media.play = () => Promise.reject(new Error('not now'));"
+
+
+def test_a_browser_that_loads_nothing_before_it_plays_shows_the_clips(
+    teacher: HumanTeacher, chromium: Any, tmp_path: Path
+) -> None:
+    chromium.add_init_script(ON_DEMAND)
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    assert person.question(10)["number"] == 1
+    assert not person.page.evaluate("document.getElementById('clip').paused")
+    person.page.keyboard.press(" ")
+    person.press("ArrowLeft")
+    assert person.question(10)["number"] == 2
+    assert person.page.evaluate("document.getElementById('clip').paused"), "as it was left"
+    assert person.complaints == []
+
+
+def test_a_clip_that_never_loads_may_be_skipped(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
+    chromium.add_init_script(ON_DEMAND + NEVER)
+    person = Person(chromium, teacher._open()[1].link, tmp_path)
+    wait_for(lambda: "cannot play" in person.page.inner_text("#notice"), 60)
+    person.press("ArrowLeft")
+    assert answers(tmp_path) == []
+    person.press("ArrowDown")
+    assert answers(tmp_path) == [(1, "you", None, 0)]
+    assert person.complaints == []
+
+
 def test_the_end_is_said_though_questions_are_left(teacher: HumanTeacher, chromium: Any, tmp_path: Path) -> None:
     person = Person(chromium, teacher._open()[1].link, tmp_path)
     person.press(person.question() and "ArrowLeft")
@@ -173,6 +211,7 @@ def test_what_does_not_arrive_is_said(teacher: HumanTeacher, chromium: Any, tmp_
     teacher.close(complete=False)
     person.page.keyboard.press("ArrowLeft")
     wait_for(lambda: "what you pressed has not arrived" in person.page.inner_text("#notice"))
+    assert "Training has ended, or it was stopped" in person.page.inner_text("#notice")
 
 
 class BadLine(ThreadingHTTPServer):

@@ -8,6 +8,7 @@ const TITLE = document.title;
 const LABELS = { left: 1, right: 0, equal: 0.5, skip: null };
 const ENDED = { finished: "Training has finished. Thank you.", labelled: "Everything is answered. Thank you." };
 const SPEEDS = { speed1: 0.5, speed2: 1, speed3: 2 };
+const PATIENCE = 15000; // ms for a browser to load a clip that it has
 
 let state = null; // what the server said last
 let shown = null; // the question on the screen: {number, repeat}
@@ -50,8 +51,8 @@ async function ask(path, body) {
       if (!(error instanceof TypeError)) throw error; // no connection
     }
     notice(state && state.training.phase in ENDED ? "" :
-      `No connection to the run${path === "api/state" ? "" : ": what you pressed has not arrived"}. If it was stopped, ` +
-      "go on with it and open the link that it prints; this page tries again by itself.");
+      `No connection to the run${path === "api/state" ? "" : ": what you pressed has not arrived"}. Training has ` +
+      "ended, or it was stopped: then go on with it and open the link that it prints. This page tries again by itself.");
     await new Promise((done) => setTimeout(done, Math.min(250 * 2 ** attempt, 2000)));
   }
 }
@@ -124,6 +125,7 @@ async function show(question) {
       return;
     }
     if (url && await play(video, url)) break;
+    if (shown !== question) return;
     if (url) notice("This browser cannot play the clips (MP4, H.264): open the link in another one.");
     unseen = true;
     await new Promise((done) => setTimeout(done, 5000));
@@ -139,11 +141,13 @@ async function play(video, url) {
   if (video.src) URL.revokeObjectURL(video.src);
   video.src = url;
   video.playbackRate = video.defaultPlaybackRate = speed;
-  const loaded = await new Promise((done) => {
+  const loaded = new Promise((done) => {
     video.onloadeddata = () => done(true);
     video.onerror = () => done(false);
+    setTimeout(done, PATIENCE, false);
   });
-  if (!paused) video.play().catch(() => {}); // a browser that forbids it shows the first picture
+  video.play().catch(() => {}); // now: some load nothing before; one that forbids it shows the first picture
+  if (await loaded && paused && video.src === url) video.pause();
   return loaded;
 }
 
