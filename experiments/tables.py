@@ -117,7 +117,7 @@ def agents() -> Table:
 
 
 def few_answers() -> Table:
-    """walker-walk, 100 answers, 100,000 control steps: fresh seeds of the shallow reward with a linear path, and PEBBLE."""
+    """walker-walk, 100 answers, 100,000 control steps: fresh seeds of the shallow reward with a line, beside PEBBLE."""
     lean = dict(_methods(STORED / "first-light" / "walker-walk-fp32"))["pebble"]
     campaign = dict(_methods(STORED / "campaign" / "walker-walk"))
     skip = dict(_methods(STORED / "agent" / "100-answers"))["lnc-ar2-parts-skip"]

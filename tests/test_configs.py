@@ -189,6 +189,13 @@ def test_the_readmes_first_command_is_what_its_stored_runs_were_run_with() -> No
     run_with(runs, "env=door-close", "experiment=quick")
 
 
+def test_few_answers_is_what_its_stored_runs_were_run_with() -> None:
+    """docs/campaign.md, section 9, BF: the fresh seeds."""
+    runs = sorted((ROOT / "experiments/results/agent/100-answers").glob("lnc-ar2-parts-skip-s6*"))
+    assert len(runs) == 5
+    run_with(runs, "env=walker-walk", "experiment=few-answers")
+
+
 def run_with(runs: list[Path], *overrides: str) -> None:
     """All that decides what is learned, but for the seed."""
     now: Any = OmegaConf.to_container(config(*overrides)[0], resolve=True)
