@@ -168,6 +168,13 @@ def test_unfinished_runs_are_left_out_or_cut_the_curves(tmp_path: Path) -> None:
     assert mixed.curves["walker-walk"]["pebble"].steps[-1] == 50_000  # where the shorter one ends
 
 
+def test_a_run_that_was_to_go_on_further_and_was_killed_is_unfinished(tmp_path: Path) -> None:
+    for name, total in (("done", 100_000), ("extended", 200_000)):
+        summary = write_run(tmp_path / name, total_steps=total) / "summary.json"
+        summary.write_text('{"complete": true, "total_steps": 100000}')
+    assert [run.complete for run in find_runs([tmp_path])] == [True, False]
+
+
 def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: Path) -> None:
     named = {"reward": "ensemble"}
     for seed, convexity in enumerate((0.0, 0.0, 3)):
@@ -508,7 +515,7 @@ def fake_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def remote(run: Run) -> SimpleNamespace:
         history = [*reversed(run.rows), {"_step": 7}]
         about = {"url": f"https://wandb.test/{Path(run.source).name}", "state": "finished", "config": run.config}
-        return SimpleNamespace(scan_history=lambda: history, **about)
+        return SimpleNamespace(scan_history=lambda: history, summary={"complete": run.complete}, **about)
 
     projects = {"me/pbrl": [remote(run) for run in find_runs([folder])]}
     monkeypatch.setattr("wandb.Api", lambda timeout: SimpleNamespace(runs=projects.__getitem__))
@@ -523,6 +530,12 @@ def test_runs_at_wandb_are_a_second_source(tmp_path: Path, monkeypatch: pytest.M
     assert [run.source for run in runs] == [f"{tmp_path}/here/a", "https://wandb.test/b"]
     stored = find_runs([tmp_path / "there"])[1]
     assert runs[1].rows == stored.rows and runs[1].complete  # one row without env_step is W&B's own
+
+
+def test_a_run_at_wandb_that_was_interrupted_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", complete=False)
+    fake_wandb(tmp_path, monkeypatch)
+    assert not wandb_runs("me/pbrl")[0].complete
 
 
 def test_without_a_login_wandb_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from hydra.utils import get_object
 
 from pbrl.comparing.statistics import Array
-from pbrl.files import read_yaml
+from pbrl.files import is_complete, read_yaml
 from pbrl.upgrade import upgrade
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
@@ -120,8 +120,7 @@ def read_run(folder: Path) -> Run:
     except (ValueError, OSError, RecursionError) as error:
         raise ComparisonError(f"{folder}: its config or summary is damaged ({shown(error)})") from error
     _check_config(config, str(folder))
-    complete = isinstance(summary, dict) and summary.get("complete") is True
-    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), complete)
+    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), is_complete(summary, config))
 
 
 def _text(path: Path, largest: int = LARGEST) -> str:
@@ -236,7 +235,8 @@ def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
 def _from_wandb(run: Any) -> Run:
     _check_config(run.config, run.url)
     rows = sorted((row for row in run.scan_history() if row.get("env_step") is not None), key=lambda r: r["env_step"])
-    return Run(run.url, run.config, rows, run.state == "finished")
+    # W&B calls a run finished that has saved itself after Ctrl-C
+    return Run(run.url, run.config, rows, run.state == "finished" and run.summary.get("complete") is not False)
 
 
 def without_copies(local: Sequence[Run], remote: Sequence[Run]) -> list[Run]:
