@@ -243,6 +243,25 @@ def test_over_labels_a_point_is_the_last_score_with_that_many(tmp_path: Path) ->
     np.testing.assert_allclose(curves.by_label[0], [0, 2, 4, 6, 8, 20])
 
 
+def test_over_labels_the_last_point_is_the_end_of_the_curves_over_steps(tmp_path: Path) -> None:
+    """One method ends at step 100,000 with 500 labels, the other at 30,000 with 300, where both are cut; or both at
+    the end, the other with none beyond the 200 of its first 20,000 steps."""
+    folder = write_run(tmp_path / "more", score=lambda steps: steps / 5e6)
+    write_run(tmp_path / "short", updater="surf", steps=STEPS[:7], complete=False, score=lambda steps: steps / 5e6)
+    curves = gather(select(find_runs([tmp_path]), allow_mixed=True), tmp_path).curves["walker-walk"]
+    for one in curves.values():
+        np.testing.assert_array_equal(one.labels, [0, 100, 200, 300])
+        np.testing.assert_allclose(one.by_label[0], [0, 2, 4, 6])  # and not the 300's last score, at step 40,000
+    fewer = write_run(tmp_path / "other/fewer", updater="surf", score=lambda steps: steps / 5e6)
+    rows = [row for row in read_rows(fewer / "metrics.jsonl") if row.get("feedback/labels", 0) <= 200]
+    (fewer / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = gather(select(find_runs([folder, fewer])), tmp_path).curves["walker-walk"]
+    np.testing.assert_array_equal(curves["pebble"].labels, [0, 100, 200, 300, 400, 500])
+    np.testing.assert_allclose(curves["pebble"].by_label[0], [0, 2, 4, 6, 8, 20])
+    np.testing.assert_allclose(curves["surf"].by_label[0], [0, 2, 20, 20, 20, 20])
+    assert [curves[name].end("labels") for name in ("pebble", "surf")] == [500, 200]
+
+
 def test_a_session_counts_for_the_evaluations_after_it_in_the_log() -> None:
     evaluated = {"eval/return": 1.0}
     rows = [{"env_step": 10, "feedback/labels": 5}, {"env_step": 10} | evaluated]  # its own steps ended at step 10

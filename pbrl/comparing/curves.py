@@ -4,6 +4,7 @@ Definitions:
 
 * score: `eval/success` where every run on the task has it, else `eval/return`; `--metric` overrides.
 * grid: on each task, the evaluation steps that all runs cover; between evaluations the last one holds.
+* grid of labels: up to the most that a run had received by the grid's end; a run with fewer keeps its last score.
 * scores of a run: of its own evaluations up to the last step that all runs on the task cover. Final score: their mean
   in the last tenth of the steps.
 * oracle score: the same of SAC paid the task's own reward; normalised score = score / oracle score.
@@ -47,6 +48,12 @@ class Curves:
     def over(self, axis: str) -> tuple[Array, Array]:
         """Grid and scores over "steps" or "labels"."""
         return (self.steps, self.by_step) if axis == "steps" else (self.labels, self.by_label)
+
+    def end(self, axis: str) -> float:
+        """Up to where every run was measured, over "steps" or "labels"."""
+        if axis == "steps":
+            return float(self.steps[-1])
+        return float(min(run.labels_at(at)[-1] for run, (at, _) in zip(self.runs, self.own, strict=True)))
 
     @property
     def final(self) -> Array:
@@ -177,11 +184,13 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
     for source, (steps, _) in by_step.items():
         if not len(steps):
             raise ComparisonError(f"{source} ({task}) never logged {metric}; choose another --metric")
-    by_label = {run.source: over_labels(run, *by_step[run.source]) for runs in methods.values() for run in runs}
-    steps, labels = (common_grid([axis for axis, _ in curves.values()]) for curves in (by_step, by_label))
+    steps = common_grid([axis for axis, _ in by_step.values()])
     if not len(steps):
         raise ComparisonError(f"{task}: the runs' evaluations have no environment steps in common")
-    end = steps[-1]
+    own = {source: (at[at <= steps[-1]], values[at <= steps[-1]]) for source, (at, values) in by_step.items()}
+    by_label = {run.source: over_labels(run, *own[run.source]) for runs in methods.values() for run in runs}
+    labels = np.unique(np.concatenate([axis for axis, _ in by_label.values()]))
+    labels = labels[labels >= max(axis[0] for axis, _ in by_label.values())]
     return {
         method: Curves(
             runs,
@@ -189,7 +198,7 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
             np.stack([last_observation(*by_step[run.source], steps) for run in runs]),
             labels,
             np.stack([last_observation(*by_label[run.source], labels) for run in runs]),
-            [(at[at <= end], values[at <= end]) for at, values in (by_step[run.source] for run in runs)],
+            [own[run.source] for run in runs],
         )
         for method, runs in methods.items()
     }

@@ -244,7 +244,7 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
     Infinity: not reached. The interval is read off the curve's own: from where its upper end reaches the level to
     where its lower end does. The ratio is the method's over the baseline's, below 1 where the method needs fewer; its
     interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
-    least all that was compared: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
+    least all that it had: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
     """
     rows = []
     for task, reference in data.references.items():
@@ -257,7 +257,7 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
                 runs = data.curves[task][method].runs
                 row: Row = {"task": task, "method": method, "share": share, "level": level}
                 for axis in AXES:
-                    end = float(bands[method][axis][0][-1])
+                    end = data.curves[task][data.base].end(axis) if base and data.base else math.nan
                     row |= _columns(axis, *need[axis]) | _ratio(axis, need, base, end)
                 rows.append(row | {"runs": len(runs), "sources": data.sources(runs)})
     return rows
@@ -290,8 +290,8 @@ def _ratio(axis: str, need: Need, base: Need | None, end: float) -> Row:
     if need is base:
         return _columns(name, 1.0, math.nan, math.nan) | {f"{name}_is_bound": False}
     with np.errstate(divide="ignore", invalid="ignore"):  # a level reached at step 0: x/0 is infinite, 0/0 undefined
-        ratio = np.divide(point, min(base_point, end))
-        ends = np.divide(low, base_high), np.divide(high, min(base_low, end))
+        ratio = np.divide(point, end if math.isinf(base_point) else base_point)
+        ends = np.divide(low, base_high), np.divide(high, end if math.isinf(base_low) else base_low)
     if np.isnan(ends).any():
         ends = np.float64(math.nan), np.float64(math.nan)
     return _columns(name, float(ratio), float(ends[0]), float(ends[1])) | {f"{name}_is_bound": math.isinf(base_point)}
