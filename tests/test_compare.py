@@ -528,15 +528,15 @@ def test_huge_numbers_and_wrong_types_in_metrics_are_not_scores() -> None:
     np.testing.assert_array_equal(Run("", {}, rows, True).series("eval/return")[1], [1.0])
 
 
-def fake_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `wandb.Api` serve the runs in a folder as the project me/pbrl, their rows in no order."""
+def fake_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch, *foreign: SimpleNamespace) -> None:
+    """Let `wandb.Api` serve foreign runs and those in a folder as the project me/pbrl, their rows in no order."""
 
     def remote(run: Run) -> SimpleNamespace:
         history = [*reversed(run.rows), {"_step": 7}]
         about = {"url": f"https://wandb.test/{Path(run.source).name}", "state": "finished", "config": run.config}
         return SimpleNamespace(scan_history=lambda: history, summary={"complete": run.complete}, **about)
 
-    projects = {"me/pbrl": [remote(run) for run in find_runs([folder])]}
+    projects = {"me/pbrl": [*foreign, *(remote(run) for run in find_runs([folder]))]}
     monkeypatch.setattr("wandb.Api", lambda timeout: SimpleNamespace(runs=projects.__getitem__))
 
 
@@ -545,10 +545,38 @@ def test_runs_at_wandb_are_a_second_source(tmp_path: Path, monkeypatch: pytest.M
     write_run(tmp_path / "there/b", updater="aparl", seed=1)
     fake_wandb(tmp_path / "there", monkeypatch)
     write_run(tmp_path / "here/a", seed=0)  # the same run as there/a
-    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"))
+    notes: list[str] = []
+    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"), notes)
     assert [run.source for run in runs] == [f"{tmp_path}/here/a", "https://wandb.test/b"]
+    assert notes == [f"Left out, a copy of {tmp_path}/here/a: https://wandb.test/a"]
     stored = find_runs([tmp_path / "there"])[1]
     assert runs[1].rows == stored.rows and runs[1].complete  # one row without env_step is W&B's own
+
+
+def test_only_a_run_with_the_same_settings_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task of one option, or another value of a setting, is not; where and how it is computed is no matter."""
+    env = {"_target_": "envs.metaworld.MetaWorld", "horizon": 300.0}
+    write_run(tmp_path / "here/a", "metaworld", env=env | {"task": "push"}, run_dir="here", logger={})
+    logged = {"env": env | {"task": "push", "horizon": 300}, "logger": {"_target_": "pbrl.records.loggers.WandB"}}
+    write_run(tmp_path / "there/copy", "metaworld", run_dir="there", choices={"logger": "wandb"}, **logged)
+    write_run(tmp_path / "there/task", "metaworld", env=env | {"task": "reach"})
+    write_run(tmp_path / "there/value", "metaworld", env=env | {"task": "push"}, reward={"members": 2})
+    fake_wandb(tmp_path / "there", monkeypatch)
+    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"))
+    assert [Path(run.source).name for run in runs] == ["a", "task", "value"]
+
+
+def test_a_foreign_run_in_a_wandb_project_is_left_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a")
+    foreign = SimpleNamespace(url="https://wandb.test/other", state="finished", config={"lr": 1}, summary={})
+    fake_wandb(tmp_path, monkeypatch, foreign)
+    data = compared("--wandb", "me/pbrl")
+    assert [run.source for run in data.selection.groups["walker-walk"]["pebble"]] == ["https://wandb.test/a"]
+    assert data.notes[0].startswith("Left out: https://wandb.test/other: its config has no seed")
+    with pytest.raises(ComparisonError, match="other: its config has no seed"):
+        wandb_runs("me/pbrl")
 
 
 def test_a_run_at_wandb_that_was_interrupted_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

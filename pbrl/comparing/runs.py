@@ -31,6 +31,7 @@ UNEQUAL = 1.05  # times as many questions as another method's are told
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
 PARTS = ("updater", *METHOD_CHOICES, "feedback", "pretraining", "segment_length")  # whose values are a method's
+ELSEWHERE = ("run_dir", "resume", "trust", "threads", "device", "logger", "launcher")  # where and how a run is computed
 
 HUGE = 1e100  # no metric: sums and squares of such numbers overflow
 LONGEST = 160  # characters of a text from a run that is shown
@@ -213,8 +214,11 @@ def find_runs(paths: Iterable[Path], damaged: list[str] | None = None) -> list[R
     return runs
 
 
-def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
+def wandb_runs(project: str, timeout: int = 30, foreign: list[str] | None = None) -> list[Run]:
     """Every run of the W&B project "entity/project", through W&B's API.
+
+    Args:
+        foreign: receives a line for each run that pbrl.train did not write, which is left out; None: the first raises.
 
     Raises:
         ComparisonError: if W&B cannot be reached, does not know the project or accepts no login.
@@ -222,9 +226,18 @@ def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
     import wandb
     from requests.exceptions import RequestException
 
+    runs = []
     try:
-        found = wandb.Api(timeout=timeout).runs(project)
-        return [_from_wandb(run) for run in found]
+        for found in wandb.Api(timeout=timeout).runs(project):
+            try:
+                runs.append(_from_wandb(found))
+            except ComparisonError as error:
+                if foreign is None:
+                    raise
+                foreign.append(f"Left out: {shown(error)}")
+        return runs
+    except ComparisonError:
+        raise
     except (wandb.errors.Error, RequestException, ValueError) as error:
         raise ComparisonError(
             f"W&B project {project!r} could not be read ({type(error).__name__}: {error}). Check the network, the name "
@@ -239,15 +252,35 @@ def _from_wandb(run: Any) -> Run:
     return Run(run.url, run.config, rows, run.state == "finished" and run.summary.get("complete") is not False)
 
 
-def without_copies(local: Sequence[Run], remote: Sequence[Run]) -> list[Run]:
-    """Local runs, then those at W&B that are not one of them (same choices, seed, steps and budget)."""
+def without_copies(local: Sequence[Run], remote: Sequence[Run], notes: list[str] | None = None) -> list[Run]:
+    """Local runs, then those at W&B that are not one of them: their configs differ in more than ELSEWHERE.
+
+    Args:
+        notes: receives a line for each copy that is left out.
+    """
 
     def identity(run: Run) -> str:
-        settings = [run.setting(name) for name in ("choices", "seed", "total_steps", "feedback.budget")]
-        return json.dumps(settings, sort_keys=True, default=str)
+        settings = {key: value for key, value in run.config.items() if key not in ELSEWHERE}
+        settings["choices"] = {key: value for key, value in run.config["choices"].items() if key not in ELSEWHERE}
+        return json.dumps(_plain(settings), sort_keys=True, default=str)
 
-    known = {identity(run) for run in local}
-    return [*local, *(run for run in remote if identity(run) not in known)]
+    known = {identity(run): run.source for run in local}
+    kept = list(local)
+    for run in remote:
+        if (original := known.get(identity(run))) is None:
+            kept.append(run)
+        elif notes is not None:
+            notes.append(f"Left out, a copy of {shown(original)}: {shown(run.source)}")
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """A setting as both a YAML file and W&B have it: 3 is 3.0."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return float(value) if _is_number(value) else value
 
 
 @dataclass(frozen=True)
