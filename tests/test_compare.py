@@ -320,6 +320,20 @@ def test_a_single_seed_has_a_score_and_no_interval(tmp_path: Path) -> None:
     assert row["final"] == 500 and math.isnan(row["final_low"]) and math.isnan(row["final_high"])
 
 
+def test_what_a_single_seed_needs_has_no_interval_nor_has_a_ratio_to_it(tmp_path: Path) -> None:
+    for name, updater, seed in (("a", "pebble", 0), ("b", "aparl", 0), ("c", "aparl", 1)):
+        write_run(tmp_path / name, "hammer", updater, seed, score=lambda steps: 0.5 * (steps >= 40_000))
+    (tmp_path / "hammer.csv").write_text("env_step,return,success\n0,1,0\n100000,700,0.8\n")
+    data = gather(select(find_runs([tmp_path])), tmp_path)
+    tables = all_tables(data)
+    pebble, aparl = (row for row in tables["samples"] if row["share"] == 0.5)
+    assert (pebble["steps"], aparl["steps"], aparl["steps_high"], aparl["steps_ratio"]) == (40_000, 40_000, 40_000, 1)
+    assert all(math.isnan(row[f"{name}_{end}"]) for end in ("low", "high")
+               for row, name in ((pebble, "steps"), (pebble, "labels"), (aparl, "steps_ratio")))  # fmt: skip
+    (section,) = (s for s in build_sections(data, tables) if s.title.startswith("Samples"))
+    assert section.table and section.table[1][0][3:] == ["40,000", "1", "400", "1"]
+
+
 def test_the_over_optimisation_gap_is_a_curve_where_it_was_logged(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     tables = all_tables(gather(select(find_runs([tmp_path])), tmp_path))

@@ -242,8 +242,8 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
     """Steps and labels at which a method's curve first reaches a share of the oracle's score.
 
     Infinity: not reached. The interval is read off the curve's own: from where its upper end reaches the level to
-    where its lower end does. The ratio is the method's over the baseline's, below 1 where the method needs fewer; its
-    interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
+    where its lower end does; a single run has none. The ratio is the method's over the baseline's, below 1 where the
+    method needs fewer; its interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
     least all that it had: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
     """
     rows = []
@@ -264,17 +264,20 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
 
 
 def _band(data: Comparison, group: Curves, axis: str, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
-    """Grid, estimate, and the ends of its interval (the estimate where there is none), each [points]."""
+    """Grid, estimate, and the ends of its interval (the estimate where all runs are equal; NaN of one run)."""
     grid, values = group.over(axis)
-    point, ends = data.estimator.point(values), data.estimator.interval([values], rng)
-    low, high = (np.where(np.isnan(end), point, end) for end in ends)
+    point, (low, high) = data.estimator.point(values), data.estimator.interval([values], rng)
+    if len(values) > 1:
+        low, high = (np.where(np.isnan(end), point, end) for end in (low, high))
     return grid, point, low, high
 
 
 def _need(grid: Array, point: Array, low: Array, high: Array, level: float) -> tuple[float, float, float]:
-    """Where the curve, its interval's upper end and its lower end first reach the level."""
-    reached, earliest, latest = (float(first_reached(grid, curve, level)) for curve in (point, high, low))
-    return reached, earliest, latest
+    """Where the curve, its interval's upper end and its lower end first reach the level; NaN where there is none."""
+    reached = float(first_reached(grid, point, level))
+    if np.isnan(low).any():
+        return reached, math.nan, math.nan
+    return reached, float(first_reached(grid, high, level)), float(first_reached(grid, low, level))
 
 
 def _columns(name: str, point: float, low: float, high: float) -> Row:
