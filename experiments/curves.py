@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 import pbrl
 from pbrl.comparing.tables import neutral
+from pbrl.launch.stored import command_of
 
 COLUMNS = ("run", "env", "updater", "query", "teacher", "seed", "env_step", "return", "success", "labels")
 ORACLE = pbrl.ORACLES
@@ -34,7 +35,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
         **{key: config.choices[key] for key in ("env", "updater", "query", "teacher")},
         "seed": config.seed,
         "commit": json.loads((run / "versions.json").read_text())["commit"],
-        "command": "python -m pbrl.train " + " ".join((run / "command.txt").read_text().split()[1:]),
+        "command": command_of(run),
     }
     labels, rows = 0, []
     for line in (run / "metrics.jsonl").read_text().splitlines():

@@ -100,10 +100,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HUGE
 
 
-def shown(text: Any) -> str:
-    """A text that came with a run as one printable line of at most LONGEST characters."""
-    line = "".join(letter if letter.isprintable() else "�" for letter in str(text)[: LONGEST + 1])
-    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+def shown(text: Any, longest: int = LONGEST) -> str:
+    """A text that came with a run as one printable line of at most `longest` characters."""
+    line = "".join(letter if letter.isprintable() else "�" for letter in str(text)[: longest + 1])
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def read_run(folder: Path) -> Run:

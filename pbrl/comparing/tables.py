@@ -243,8 +243,9 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
 
     Infinity: not reached. The interval is read off the curve's own: from where its upper end reaches the level to
     where its lower end does; a single run has none. The ratio is the method's over the baseline's, below 1 where the
-    method needs fewer; its interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
-    least all that it had: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
+    method needs fewer; its interval takes the ends of both against each other. Where the baseline does not reach the
+    level, its need is at least all that it had: that is put in its place, and the ratio is an upper bound
+    (`_ratio_is_bound`).
     """
     rows = []
     for task, reference in data.references.items():
