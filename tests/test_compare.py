@@ -293,6 +293,19 @@ def test_samples_to_a_share_of_the_oracle_and_the_ratio_to_pebble(tmp_path: Path
     assert math.isnan(rows["aparl", 0.7]["steps_ratio"])  # neither gets to 0.56
 
 
+def test_the_oracles_score_is_by_the_same_estimator_as_those_divided_by_it(tmp_path: Path) -> None:
+    """Ten oracles, one of them far off, beside two runs of a method: means throughout, no interquartile mean."""
+    for seed in range(10):
+        top = 0.1 if seed == 0 else 0.8
+        write_run(
+            tmp_path / f"o{seed}", "hammer", "oracle", seed, score=lambda steps, top=top: np.full(len(steps), top)
+        )
+    for seed in range(2):
+        write_run(tmp_path / f"p{seed}", "hammer", seed=seed)
+    data = gather(select(find_runs([tmp_path])), tmp_path)
+    assert data.oracle_score("hammer") == pytest.approx(0.73)
+
+
 def test_where_pebble_does_not_get_there_the_ratio_is_a_bound(tmp_path: Path) -> None:
     for updater, top in (("pebble", 0.3), ("aparl", 0.5)):
         write_run(tmp_path / updater, "hammer", updater, score=lambda s, top=top: top * (s >= 40_000))

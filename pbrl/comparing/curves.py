@@ -73,11 +73,7 @@ class Reference:
     steps: Array
     by_step: Array
     sources: str
-
-    @property
-    def score(self) -> float:
-        """What scores are divided by."""
-        return float(Estimator(len(self.by_step) >= FEW).point(tail_mean(self.steps, self.by_step)))
+    score: float  # what scores are divided by: by the comparison's one estimator
 
 
 @dataclass
@@ -144,9 +140,11 @@ def gather(
             continue
         result.metrics[task] = score_metric(methods, metric)
         result.curves[task] = on_common_grid(task, learners, result.metrics[task])
-        last_step = next(iter(result.curves[task].values())).steps[-1]
+    for task, curves in result.curves.items():  # all of them are there: the estimator is settled
+        methods = selection.groups[task]
+        last_step = next(iter(curves.values())).steps[-1]
         runs, stored = methods.get(ORACLE, []), oracle_folder / f"{task}.csv"
-        described = [run.config.get("env") or {} for members in learners.values() for run in members]
+        described = [run.config.get("env") or {} for group in curves.values() for run in group.runs]
         if changed and not runs and stored in oracle_folder.glob("*.csv") and any(changed(e, task) for e in described):
             result.notes.append(
                 f"{task}: its environment is not the shipped one, which {stored} is about, so nothing is normalised "
@@ -235,7 +233,8 @@ def find_reference(
             f"{task}: the oracle ends at {grid[-1]:.0f} of {last_step:.0f} steps; its last scores are used."
         )
     values = np.stack([last_observation(*points, grid) for points in series])
-    reference = Reference(grid, values, result.sources(runs) if runs else str(stored))
+    score = float(result.estimator.point(tail_mean(grid, values)))
+    reference = Reference(grid, values, result.sources(runs) if runs else str(stored), score)
     if reference.score <= 0:
         result.notes.append(f"{task}: the oracle's {metric} is {reference.score:.3g}; shares of it mean nothing.")
         return None
