@@ -129,6 +129,24 @@ def test_different_budgets_and_steps_are_refused_by_name(tmp_path: Path) -> None
     assert sum(note.startswith("Mixed knowingly: walker-walk: ") for note in notes) == 3
 
 
+def test_teachers_of_one_option_with_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    """What an older config does not name is the default; the seed and where a teacher is reached do not matter."""
+    ours = {"_target_": "teachers.simulated.SimulatedTeacher"}
+    named = {"teacher": "mistake"}
+    for name, updater, settings in (
+        ("a", "pebble", {"mistake": 0.1, "seed": 0, "skip": 0}),
+        ("b", "aparl", {"mistake": 0.4, "seed": 1, "skip": 0.0}),
+        ("c", "surf", {"mistake": 0.1}),
+    ):
+        write_run(tmp_path / name, updater=updater, teacher=ours | settings, choices=named)
+    with pytest.raises(ComparisonError) as error:
+        select(find_runs([tmp_path]))
+    (line,) = (line for line in str(error.value).splitlines() if "teacher" in line)
+    assert f"teacher.mistake is 0.1 in {tmp_path}/a, {tmp_path}/c; 0.4 in {tmp_path}/b" in line
+    assert select(find_runs([tmp_path]), ["updater", "teacher.mistake"])
+    assert select(find_runs([tmp_path / "a", tmp_path / "c"]))
+
+
 def test_a_named_difference_makes_methods_of_it(tmp_path: Path) -> None:
     write_run(tmp_path / "a", feedback={"budget": 100})
     write_run(tmp_path / "b", feedback={"budget": 1000})

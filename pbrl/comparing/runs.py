@@ -29,6 +29,10 @@ from pbrl.upgrade import upgrade
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 UNEQUAL = 1.05  # times as many questions as another method's are told
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
+NO_JUDGEMENT = {  # settings of a teacher that say where and how it is reached, not how it answers
+    *("seed", "env", "url", "timeout", "retries", "backoff", "pairs_per_request"),
+    *("host", "port", "lease", "undo_seconds", "task"),
+}
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
 PARTS = ("updater", *METHOD_CHOICES, "feedback", "pretraining", "segment_length")  # whose values are a method's
 ELSEWHERE = ("run_dir", "resume", "trust", "threads", "device", "logger", "launcher")  # where and how a run is computed
@@ -473,9 +477,33 @@ def _mismatches(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str
             if run.updater != ORACLE:
                 sources[json.dumps(run.setting(name), sort_keys=True, default=str)].append(run.source)
         if len(sources) > 1:
-            listed = "; ".join(f"{shown(value)} in {', '.join(map(shown, where))}" for value, where in sources.items())
-            lines.append(f"{task}: {name} is {listed}")
+            lines.append(f"{task}: {name} is {_listed(sources)}")
+    return lines + _unlike_teachers(task, runs, keys)
+
+
+def _unlike_teachers(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """A line for each setting in which the teachers of one option differ."""
+    by_option: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.updater != ORACLE and isinstance(run.config.get("teacher"), Mapping):
+            by_option[str(run.setting("teacher"))].append(run)
+    lines = []
+    for members in by_option.values():
+        tables = [_values({"teacher": run.config["teacher"]}) for run in members]
+        for name in sorted({name for table in tables for name in table} - set(keys)):
+            if NO_JUDGEMENT & set(name.split(".")):
+                continue
+            sources: dict[str, list[str]] = defaultdict(list)
+            for run, table in zip(members, tables, strict=True):
+                value = table[name] if name in table else _value(_unnamed(run.config, name))
+                sources[value].append(run.source)
+            if len(sources) > 1:
+                lines.append(f"{task}: {name} is {_listed(sources)}")
     return lines
+
+
+def _listed(sources: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{shown(value)} in {', '.join(map(shown, where))}" for value, where in sources.items())
 
 
 def _repeated_seeds(task: str, methods: Mapping[str, Sequence[Run]]) -> list[str]:
