@@ -13,6 +13,7 @@ import csv
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 
 import pbrl
 from pbrl.comparing.tables import neutral
+from pbrl.launch.stored import command_of
 
 COLUMNS = ("run", "env", "updater", "query", "teacher", "seed", "env_step", "return", "success", "labels")
 ORACLE = pbrl.ORACLES
@@ -34,7 +36,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
         **{key: config.choices[key] for key in ("env", "updater", "query", "teacher")},
         "seed": config.seed,
         "commit": json.loads((run / "versions.json").read_text())["commit"],
-        "command": "python -m pbrl.train " + " ".join((run / "command.txt").read_text().split()[1:]),
+        "command": command_of(run),
     }
     labels, rows = 0, []
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -53,6 +55,20 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> N
         writer.writeheader()
         writer.writerows({k: neutral(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     print(path)
+
+
+def clash(runs: Sequence[Path], folder: Path) -> str | None:
+    """What is wrong if `keep` would put one of the runs in another's place in `folder`: one line that names both."""
+    taken: dict[str, Path] = {}
+    for run in runs:
+        other, kept = taken.setdefault(run.name, run), folder / run.name
+        if other.resolve() != run.resolve():
+            return f"{other} and {run} would both be kept as {kept}; rename one"
+        if (kept / "config.yaml").exists() and (kept / "config.yaml").read_bytes() != (
+            run / "config.yaml"
+        ).read_bytes():
+            return f"{run} would be kept in the place of {kept}, which holds a run of another config; rename one"
+    return None
 
 
 def keep(run: Path, folder: Path) -> None:
@@ -85,14 +101,16 @@ def oracle(rows: list[dict[str, Any]]) -> None:
         write(ORACLE / f"{env}.csv", ("env_step", "return", "success"), means)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="CSV of all evaluations")
     parser.add_argument("--oracle", action="store_true", help="also write the mean as the oracle's curve")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also keep the runs there, without what is large")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.keep and (reason := clash(options.runs, options.keep)):
+        parser.error(f"--keep: {reason}")
     rows = [row for run in options.runs for row in curve(run)]
     if options.out:
         write(options.out, (*COLUMNS, "commit", "command"), rows)

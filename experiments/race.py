@@ -3,8 +3,8 @@
 Successive halving (Jamieson & Talwalkar, 2016): all candidates run for the first rung's steps with its seeds; the
 better half goes on to the next rung, with more steps and seeds, and so on. A candidate is a list of overrides of
 `python -m pbrl.train`; each is run on every signal (the true reward, say, and 100 answers). Its score on a signal is
-the area under the curve of the true return, as a mean over evaluations and seeds, divided by the best candidate's; the
-mean over the signals decides.
+the area under the curve of the true return, as a mean over evaluations and seeds, divided by the best candidate's
+(where the best is negative, the best's by it); the mean over the signals decides.
 
 All is kept in FOLDER: runs/SIGNAL/CANDIDATE-sSEED (checkpoints included, so that they go on where a rung ended),
 curves.csv with every evaluation, race.json with every decision. Started again, the race goes on where it stopped.
@@ -114,7 +114,7 @@ class Race:
             for c in candidates
         }
         best = {s: max(found[s] for found in returns.values()) for s in self.signals}
-        shares = {c: np.mean([found[s] / best[s] if best[s] else 0.0 for s in best]) for c, found in returns.items()}
+        shares = {c: np.mean([share(found[s], best[s]) for s in best]) for c, found in returns.items()}
         ordered = sorted(candidates, key=lambda c: -shares[c])
         return {c: {**returns[c], "score": float(shares[c])} for c in ordered}
 
@@ -162,6 +162,13 @@ class Race:
                 )
                 rows.append(dict(zip(COLUMNS, (*run, *measured), strict=True)))
         write(self.folder / "curves.csv", COLUMNS, rows)
+
+
+def share(found: float, best: float) -> float:
+    """How near a return comes to the best one: at most 1, the larger the better also where returns are negative."""
+    if best > 0:
+        return found / best
+    return best / found if found else 1.0  # 0 is the best there can be here
 
 
 class Workers:

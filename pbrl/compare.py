@@ -61,7 +61,9 @@ def read_comparison(arguments: argparse.Namespace) -> Comparison:
     damaged: list[str] = []
     runs = find_runs(arguments.runs, damaged)
     if arguments.wandb:
-        runs = without_copies(runs, wandb_runs(arguments.wandb))
+        runs = without_copies(runs, wandb_runs(arguments.wandb, foreign=damaged), damaged)
+        if damaged and not runs:
+            raise ComparisonError("no run can be read\n  " + "\n  ".join(damaged))
     selection = select(runs, arguments.method_keys, arguments.allow_mixed, arguments.baseline)
     folder, other = arguments.oracle_dir, changed if arguments.oracle_dir == ORACLES else None  # one's own are trusted
     data = gather(selection, folder, arguments.metric, arguments.baseline, arguments.repetitions, other)

@@ -32,15 +32,17 @@ from torch import Tensor, nn
 
 from pbrl.agent.stock import stock_sac
 from pbrl.comparing.report import save_figure
-from pbrl.comparing.runs import Run, read_run, shown
+from pbrl.comparing.runs import LONGEST, Run, read_run, shown
 from pbrl.evaluate import FRESH_SEED, load_parts, record
 from pbrl.files import TEXT_BYTES, read_bounded
+from pbrl.launch.stored import command_of
 from pbrl.records.checkpoint import CheckpointError
 from pbrl.records.evaluation import act, episode
 from pbrl.reward import Layers
 
 CHECKED = 256  # random inputs on which an export must agree
 TOLERANCE = 1e-5
+COMMAND = 10_000  # characters of a run's command on its card: all of it, unless it is a stranger's joke
 
 
 class ExportError(RuntimeError):
@@ -234,18 +236,16 @@ def card(run: Run, run_dir: Path, measured: Measured, step: int, film: bool) -> 
     if measured.success is not None:
         results += f", success in {measured.success:.0%}"
     versions = _json(run_dir / "versions.json")
-    command = _words(run_dir / "command.txt")
     learned = method != "oracle"
+    labels, asked = (np.nan_to_num(run.last(f"feedback/{name}")) for name in ("labels", "asked"))
     origin = {
         "method": method,
         "teacher": _plain(run.setting("teacher")) if learned else "none: the task's own reward",
-        "labels used": f"{run.last('feedback/labels'):.0f} of {_plain(run.setting('feedback.budget'))} asked for"
-        if learned
-        else "0",
+        "labels used": f"{labels:.0f} of {asked:.0f} asked" if learned else "0",
         "environment steps": f"{step} of {_plain(run.setting('total_steps'))}",
         "seed": str(run.seed),
         "commit": _plain(versions.get("commit", "unknown")),
-        "command": f"`python -m pbrl.train {_plain(' '.join(command[1:]))}`",
+        "command": f"`{_plain(command_of(run_dir), COMMAND)}`",
         "versions": ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in list(versions.items())[:20] if k != "commit"),
     }
     return CARD.format(
@@ -260,13 +260,9 @@ def card(run: Run, run_dir: Path, measured: Measured, step: int, film: bool) -> 
     )
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, longest: int = LONGEST) -> str:
     """A text of the run without what Markdown, YAML or HTML would read as their own."""
-    return "".join("'" if letter in '`"|<>{}[]\\' else letter for letter in shown(value))
-
-
-def _words(path: Path) -> list[str]:
-    return read_bounded(path, TEXT_BYTES).decode(errors="replace").split() if path.is_file() else []
+    return "".join("'" if letter in '`"|<>{}[]\\' else letter for letter in shown(value, longest))
 
 
 def _json(path: Path) -> dict[str, Any]:

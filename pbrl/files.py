@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -182,6 +182,13 @@ def read_yaml(path: Path) -> Any:
     except (ValueError, RecursionError, OverflowError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(printable(" ".join(str(error).split()))) from error
     return loaded
+
+
+def is_complete(summary: Any, config: Any) -> bool:
+    """Whether a run's summary says that it reached its end, and not one that `resume=RUN total_steps=…` has moved."""
+    if not isinstance(summary, dict) or not isinstance(config, Mapping) or summary.get("complete") is not True:
+        return False
+    return "total_steps" not in summary or bool(summary["total_steps"] == config.get("total_steps"))
 
 
 def open_for_reading(path: Path) -> BinaryIO:

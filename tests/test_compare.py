@@ -129,6 +129,24 @@ def test_different_budgets_and_steps_are_refused_by_name(tmp_path: Path) -> None
     assert sum(note.startswith("Mixed knowingly: walker-walk: ") for note in notes) == 3
 
 
+def test_teachers_of_one_option_with_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    """What an older config does not name is the default; the seed and where a teacher is reached do not matter."""
+    ours = {"_target_": "teachers.simulated.SimulatedTeacher"}
+    named = {"teacher": "mistake"}
+    for name, updater, settings in (
+        ("a", "pebble", {"mistake": 0.1, "seed": 0, "skip": 0}),
+        ("b", "aparl", {"mistake": 0.4, "seed": 1, "skip": 0.0}),
+        ("c", "surf", {"mistake": 0.1}),
+    ):
+        write_run(tmp_path / name, updater=updater, teacher=ours | settings, choices=named)
+    with pytest.raises(ComparisonError) as error:
+        select(find_runs([tmp_path]))
+    (line,) = (line for line in str(error.value).splitlines() if "teacher" in line)
+    assert f"teacher.mistake is 0.1 in {tmp_path}/a, {tmp_path}/c; 0.4 in {tmp_path}/b" in line
+    assert select(find_runs([tmp_path]), ["updater", "teacher.mistake"])
+    assert select(find_runs([tmp_path / "a", tmp_path / "c"]))
+
+
 def test_a_named_difference_makes_methods_of_it(tmp_path: Path) -> None:
     write_run(tmp_path / "a", feedback={"budget": 100})
     write_run(tmp_path / "b", feedback={"budget": 1000})
@@ -166,6 +184,13 @@ def test_unfinished_runs_are_left_out_or_cut_the_curves(tmp_path: Path) -> None:
     assert any(f"{tmp_path}/b" in note for note in selection.notes)
     mixed = gather(select(find_runs([tmp_path]), allow_mixed=True), tmp_path)
     assert mixed.curves["walker-walk"]["pebble"].steps[-1] == 50_000  # where the shorter one ends
+
+
+def test_a_run_that_was_to_go_on_further_and_was_killed_is_unfinished(tmp_path: Path) -> None:
+    for name, total in (("done", 100_000), ("extended", 200_000)):
+        summary = write_run(tmp_path / name, total_steps=total) / "summary.json"
+        summary.write_text('{"complete": true, "total_steps": 100000}')
+    assert [run.complete for run in find_runs([tmp_path])] == [True, False]
 
 
 def test_runs_that_differ_in_a_value_are_not_averaged_without_a_word(tmp_path: Path) -> None:
@@ -236,6 +261,25 @@ def test_over_labels_a_point_is_the_last_score_with_that_many(tmp_path: Path) ->
     np.testing.assert_allclose(curves.by_label[0], [0, 2, 4, 6, 8, 20])
 
 
+def test_over_labels_the_last_point_is_the_end_of_the_curves_over_steps(tmp_path: Path) -> None:
+    """One method ends at step 100,000 with 500 labels, the other at 30,000 with 300, where both are cut; or both at
+    the end, the other with none beyond the 200 of its first 20,000 steps."""
+    folder = write_run(tmp_path / "more", score=lambda steps: steps / 5e6)
+    write_run(tmp_path / "short", updater="surf", steps=STEPS[:7], complete=False, score=lambda steps: steps / 5e6)
+    curves = gather(select(find_runs([tmp_path]), allow_mixed=True), tmp_path).curves["walker-walk"]
+    for one in curves.values():
+        np.testing.assert_array_equal(one.labels, [0, 100, 200, 300])
+        np.testing.assert_allclose(one.by_label[0], [0, 2, 4, 6])  # and not the 300's last score, at step 40,000
+    fewer = write_run(tmp_path / "other/fewer", updater="surf", score=lambda steps: steps / 5e6)
+    rows = [row for row in read_rows(fewer / "metrics.jsonl") if row.get("feedback/labels", 0) <= 200]
+    (fewer / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = gather(select(find_runs([folder, fewer])), tmp_path).curves["walker-walk"]
+    np.testing.assert_array_equal(curves["pebble"].labels, [0, 100, 200, 300, 400, 500])
+    np.testing.assert_allclose(curves["pebble"].by_label[0], [0, 2, 4, 6, 8, 20])
+    np.testing.assert_allclose(curves["surf"].by_label[0], [0, 2, 20, 20, 20, 20])
+    assert [curves[name].end("labels") for name in ("pebble", "surf")] == [500, 200]
+
+
 def test_a_session_counts_for_the_evaluations_after_it_in_the_log() -> None:
     evaluated = {"eval/return": 1.0}
     rows = [{"env_step": 10, "feedback/labels": 5}, {"env_step": 10} | evaluated]  # its own steps ended at step 10
@@ -267,6 +311,19 @@ def test_samples_to_a_share_of_the_oracle_and_the_ratio_to_pebble(tmp_path: Path
     assert math.isnan(rows["aparl", 0.7]["steps_ratio"])  # neither gets to 0.56
 
 
+def test_the_oracles_score_is_by_the_same_estimator_as_those_divided_by_it(tmp_path: Path) -> None:
+    """Ten oracles, one of them far off, beside two runs of a method: means throughout, no interquartile mean."""
+    for seed in range(10):
+        top = 0.1 if seed == 0 else 0.8
+        write_run(
+            tmp_path / f"o{seed}", "hammer", "oracle", seed, score=lambda steps, top=top: np.full(len(steps), top)
+        )
+    for seed in range(2):
+        write_run(tmp_path / f"p{seed}", "hammer", seed=seed)
+    data = gather(select(find_runs([tmp_path])), tmp_path)
+    assert data.oracle_score("hammer") == pytest.approx(0.73)
+
+
 def test_where_pebble_does_not_get_there_the_ratio_is_a_bound(tmp_path: Path) -> None:
     for updater, top in (("pebble", 0.3), ("aparl", 0.5)):
         write_run(tmp_path / updater, "hammer", updater, score=lambda s, top=top: top * (s >= 40_000))
@@ -292,6 +349,20 @@ def test_a_single_seed_has_a_score_and_no_interval(tmp_path: Path) -> None:
     tables = all_tables(gather(select(find_runs([tmp_path])), tmp_path))
     row = tables["scores"][0]
     assert row["final"] == 500 and math.isnan(row["final_low"]) and math.isnan(row["final_high"])
+
+
+def test_what_a_single_seed_needs_has_no_interval_nor_has_a_ratio_to_it(tmp_path: Path) -> None:
+    for name, updater, seed in (("a", "pebble", 0), ("b", "aparl", 0), ("c", "aparl", 1)):
+        write_run(tmp_path / name, "hammer", updater, seed, score=lambda steps: 0.5 * (steps >= 40_000))
+    (tmp_path / "hammer.csv").write_text("env_step,return,success\n0,1,0\n100000,700,0.8\n")
+    data = gather(select(find_runs([tmp_path])), tmp_path)
+    tables = all_tables(data)
+    pebble, aparl = (row for row in tables["samples"] if row["share"] == 0.5)
+    assert (pebble["steps"], aparl["steps"], aparl["steps_high"], aparl["steps_ratio"]) == (40_000, 40_000, 40_000, 1)
+    assert all(math.isnan(row[f"{name}_{end}"]) for end in ("low", "high")
+               for row, name in ((pebble, "steps"), (pebble, "labels"), (aparl, "steps_ratio")))  # fmt: skip
+    (section,) = (s for s in build_sections(data, tables) if s.title.startswith("Samples"))
+    assert section.table and section.table[1][0][3:] == ["40,000", "1", "400", "1"]
 
 
 def test_the_over_optimisation_gap_is_a_curve_where_it_was_logged(tmp_path: Path) -> None:
@@ -502,15 +573,15 @@ def test_huge_numbers_and_wrong_types_in_metrics_are_not_scores() -> None:
     np.testing.assert_array_equal(Run("", {}, rows, True).series("eval/return")[1], [1.0])
 
 
-def fake_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `wandb.Api` serve the runs in a folder as the project me/pbrl, their rows in no order."""
+def fake_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch, *foreign: SimpleNamespace) -> None:
+    """Let `wandb.Api` serve foreign runs and those in a folder as the project me/pbrl, their rows in no order."""
 
     def remote(run: Run) -> SimpleNamespace:
         history = [*reversed(run.rows), {"_step": 7}]
         about = {"url": f"https://wandb.test/{Path(run.source).name}", "state": "finished", "config": run.config}
-        return SimpleNamespace(scan_history=lambda: history, **about)
+        return SimpleNamespace(scan_history=lambda: history, summary={"complete": run.complete}, **about)
 
-    projects = {"me/pbrl": [remote(run) for run in find_runs([folder])]}
+    projects = {"me/pbrl": [*foreign, *(remote(run) for run in find_runs([folder]))]}
     monkeypatch.setattr("wandb.Api", lambda timeout: SimpleNamespace(runs=projects.__getitem__))
 
 
@@ -519,10 +590,44 @@ def test_runs_at_wandb_are_a_second_source(tmp_path: Path, monkeypatch: pytest.M
     write_run(tmp_path / "there/b", updater="aparl", seed=1)
     fake_wandb(tmp_path / "there", monkeypatch)
     write_run(tmp_path / "here/a", seed=0)  # the same run as there/a
-    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"))
+    notes: list[str] = []
+    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"), notes)
     assert [run.source for run in runs] == [f"{tmp_path}/here/a", "https://wandb.test/b"]
+    assert notes == [f"Left out, a copy of {tmp_path}/here/a: https://wandb.test/a"]
     stored = find_runs([tmp_path / "there"])[1]
     assert runs[1].rows == stored.rows and runs[1].complete  # one row without env_step is W&B's own
+
+
+def test_only_a_run_with_the_same_settings_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task of one option, or another value of a setting, is not; where and how it is computed is no matter."""
+    env = {"_target_": "envs.metaworld.MetaWorld", "horizon": 300.0}
+    write_run(tmp_path / "here/a", "metaworld", env=env | {"task": "push"}, run_dir="here", logger={})
+    logged = {"env": env | {"task": "push", "horizon": 300}, "logger": {"_target_": "pbrl.records.loggers.WandB"}}
+    write_run(tmp_path / "there/copy", "metaworld", run_dir="there", choices={"logger": "wandb"}, **logged)
+    write_run(tmp_path / "there/task", "metaworld", env=env | {"task": "reach"})
+    write_run(tmp_path / "there/value", "metaworld", env=env | {"task": "push"}, reward={"members": 2})
+    fake_wandb(tmp_path / "there", monkeypatch)
+    runs = without_copies(find_runs([tmp_path / "here"]), wandb_runs("me/pbrl"))
+    assert [Path(run.source).name for run in runs] == ["a", "task", "value"]
+
+
+def test_a_foreign_run_in_a_wandb_project_is_left_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a")
+    foreign = SimpleNamespace(url="https://wandb.test/other", state="finished", config={"lr": 1}, summary={})
+    fake_wandb(tmp_path, monkeypatch, foreign)
+    data = compared("--wandb", "me/pbrl")
+    assert [run.source for run in data.selection.groups["walker-walk"]["pebble"]] == ["https://wandb.test/a"]
+    assert data.notes[0].startswith("Left out: https://wandb.test/other: its config has no seed")
+    with pytest.raises(ComparisonError, match="other: its config has no seed"):
+        wandb_runs("me/pbrl")
+
+
+def test_a_run_at_wandb_that_was_interrupted_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", complete=False)
+    fake_wandb(tmp_path, monkeypatch)
+    assert not wandb_runs("me/pbrl")[0].complete
 
 
 def test_without_a_login_wandb_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

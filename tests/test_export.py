@@ -172,6 +172,19 @@ def test_a_strangers_texts_do_not_end_the_cards_quotes(tmp_path: Path) -> None:
     assert front["model-index"][0]["name"] == "'b: 'c'' on a'"
 
 
+def test_the_card_names_the_whole_command_and_the_labels_of_those_asked_for(tmp_path: Path) -> None:
+    config = {"choices": {"env": "pointmass", "updater": "pebble"}, "seed": 0, "feedback": {"budget": 500}}
+    long = " ".join(["updater=pebble", *(f"agent.option_{i}={i}" for i in range(20))])
+    rows = [{"env_step": 0, "eval/return": 1.0}, {"env_step": 9, "feedback/labels": 65, "feedback/asked": 100}]
+    for stored, logged, labels in (
+        (f"python -m pbrl.train {long}", rows, "65 of 100 asked"),
+        (f"/some/where/pbrl/train.py {long}", rows[:1], "0 of 0 asked"),  # of an earlier version; before any session
+    ):
+        (tmp_path / "command.txt").write_text(stored + "\n")
+        text = card(Run("run", config, logged, True), tmp_path, Measured(np.ones(2), None), 600, film=False)
+        assert f"| command | `python -m pbrl.train {long}` |" in text and f"| labels used | {labels} |" in text
+
+
 @pytest.mark.slow
 def test_the_page_on_exports_runs_and_ppo_learns_from_the_learned_reward(tmp_path: Path) -> None:
     """docs/export.md word for word, on a run of pointmass; a random policy's return is 26, the best 48."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -493,6 +494,11 @@ def test_the_oracle_may_be_a_run(tiny_run: Path) -> None:
     assert curve.steps.tolist() == [row["env_step"] for row in evaluations]
     last = evaluations[-1]
     assert curve.metrics(600, last["eval/return"])["eval/oracle_return"] == last["eval/return"]
+
+
+def test_there_is_no_share_of_an_oracle_whose_return_is_not_positive(tmp_path: Path) -> None:
+    (tmp_path / "oracle.csv").write_text("env_step,return\n0,-400\n1000,-100\n")
+    assert math.isnan(OracleCurve(tmp_path / "oracle.csv").metrics(1000, -200.0)["eval/normalized_return"])
 
 
 def test_an_oracle_that_still_trains_is_read_up_to_its_last_whole_row(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from experiments.race import Race, RaceError, Run, Rung, main, read
+from experiments.race import Race, RaceError, Run, Rung, main, read, share
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +58,12 @@ def test_the_better_half_goes_on_with_more_seeds(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert {row["candidate"] for row in rows} == {"a", "b", "c", "d"}
     assert {row["seed"] for row in rows if row["candidate"] == "b"} == {"7", "8", "9"}
+
+
+def test_the_worst_does_not_win_where_returns_are_negative() -> None:
+    assert [share(found, -100.0) for found in (-100.0, -200.0, -400.0)] == [1, 0.5, 0.25]
+    assert [share(found, 0.0) for found in (0.0, -200.0)] == [1, 0]
+    assert [share(found, 4.0) for found in (4.0, 1.0, -1.0)] == [1, 0.25, -0.25]
 
 
 def test_a_race_asks_for_nothing_that_is_done(tmp_path: Path) -> None:

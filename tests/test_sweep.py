@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pbrl.launch.sweep import launcher_error, run_folder
+from pbrl.launch.sweep import _is_complete, launcher_error, run_folder
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +109,18 @@ def test_a_launcher_without_a_sweep_or_without_its_plugin_is_one_line(monkeypatc
     for message in (before_any, launcher_error(["-m", "launcher=local"])):
         assert "pip install -e '.[sweeps]'" in str(message)
         assert "\n" not in str(message)
+
+
+def test_a_run_whose_end_was_moved_is_not_complete(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("total_steps: 200\n")
+    for summary, expected in (
+        ({"complete": True, "total_steps": 200}, True),
+        ({"complete": True, "total_steps": 100}, False),  # resume=RUN total_steps=200, and killed
+        ({"complete": False, "total_steps": 200}, False),
+        ([], False),
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert _is_complete(tmp_path) is expected
 
 
 @pytest.mark.slow

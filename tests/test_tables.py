@@ -49,6 +49,40 @@ def test_the_report_of_faults_is_that_of_its_data(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (stored / name).read_bytes(), name
 
 
+def test_the_command_of_a_run_is_kept_as_it_was_typed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "experiments/results/campaign/walker-walk/cand-s11", run)
+    for stored, expected in (
+        ("python -m pbrl.train 'env.task=a  b'", "python -m pbrl.train 'env.task=a  b'"),
+        ("python -m experiments.blame run", "python -m experiments.blame run"),
+        ("/some/where/pbrl/train.py seed=1", "python -m pbrl.train seed=1"),  # before version 0.2
+    ):
+        (run / "command.txt").write_text(stored + "\n")
+        assert {row["command"] for row in curves.curve(run)} == {expected}
+
+
+def test_a_kept_run_takes_no_others_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = ROOT / "experiments/results/campaign/walker-walk"
+    first, second, kept = tmp_path / "a/run", tmp_path / "b/run", tmp_path / "kept"
+    shutil.copytree(stored / "cand-s11", first)
+    shutil.copytree(stored / "pebble-s10", second)
+    for runs, named in (
+        ([first, second], (first, second)),
+        ([first], None),
+        ([first], None),  # the same run again
+        ([second], (second, kept / "run")),
+    ):
+        command = [*map(str, runs), "--keep", str(kept)]
+        if named is None:
+            curves.main(command)
+            continue
+        with pytest.raises(SystemExit):
+            curves.main(command)
+        error = capsys.readouterr().err
+        assert all(str(path) in error for path in named)
+    assert (kept / "run/config.yaml").read_bytes() == (first / "config.yaml").read_bytes()
+
+
 def test_the_oracle_of_window_open_is_the_mean_of_its_stored_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

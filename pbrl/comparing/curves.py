@@ -4,6 +4,7 @@ Definitions:
 
 * score: `eval/success` where every run on the task has it, else `eval/return`; `--metric` overrides.
 * grid: on each task, the evaluation steps that all runs cover; between evaluations the last one holds.
+* grid of labels: up to the most that a run had received by the grid's end; a run with fewer keeps its last score.
 * scores of a run: of its own evaluations up to the last step that all runs on the task cover. Final score: their mean
   in the last tenth of the steps.
 * oracle score: the same of SAC paid the task's own reward; normalised score = score / oracle score.
@@ -48,6 +49,12 @@ class Curves:
         """Grid and scores over "steps" or "labels"."""
         return (self.steps, self.by_step) if axis == "steps" else (self.labels, self.by_label)
 
+    def end(self, axis: str) -> float:
+        """Up to where every run was measured, over "steps" or "labels"."""
+        if axis == "steps":
+            return float(self.steps[-1])
+        return float(min(run.labels_at(at)[-1] for run, (at, _) in zip(self.runs, self.own, strict=True)))
+
     @property
     def final(self) -> Array:
         """Final score of each run, float [runs]."""
@@ -66,11 +73,7 @@ class Reference:
     steps: Array
     by_step: Array
     sources: str
-
-    @property
-    def score(self) -> float:
-        """What scores are divided by."""
-        return float(Estimator(len(self.by_step) >= FEW).point(tail_mean(self.steps, self.by_step)))
+    score: float  # what scores are divided by: by the comparison's one estimator
 
 
 @dataclass
@@ -137,9 +140,11 @@ def gather(
             continue
         result.metrics[task] = score_metric(methods, metric)
         result.curves[task] = on_common_grid(task, learners, result.metrics[task])
-        last_step = next(iter(result.curves[task].values())).steps[-1]
+    for task, curves in result.curves.items():  # all of them are there: the estimator is settled
+        methods = selection.groups[task]
+        last_step = next(iter(curves.values())).steps[-1]
         runs, stored = methods.get(ORACLE, []), oracle_folder / f"{task}.csv"
-        described = [run.config.get("env") or {} for members in learners.values() for run in members]
+        described = [run.config.get("env") or {} for group in curves.values() for run in group.runs]
         if changed and not runs and stored in oracle_folder.glob("*.csv") and any(changed(e, task) for e in described):
             result.notes.append(
                 f"{task}: its environment is not the shipped one, which {stored} is about, so nothing is normalised "
@@ -177,11 +182,13 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
     for source, (steps, _) in by_step.items():
         if not len(steps):
             raise ComparisonError(f"{source} ({task}) never logged {metric}; choose another --metric")
-    by_label = {run.source: over_labels(run, *by_step[run.source]) for runs in methods.values() for run in runs}
-    steps, labels = (common_grid([axis for axis, _ in curves.values()]) for curves in (by_step, by_label))
+    steps = common_grid([axis for axis, _ in by_step.values()])
     if not len(steps):
         raise ComparisonError(f"{task}: the runs' evaluations have no environment steps in common")
-    end = steps[-1]
+    own = {source: (at[at <= steps[-1]], values[at <= steps[-1]]) for source, (at, values) in by_step.items()}
+    by_label = {run.source: over_labels(run, *own[run.source]) for runs in methods.values() for run in runs}
+    labels = np.unique(np.concatenate([axis for axis, _ in by_label.values()]))
+    labels = labels[labels >= max(axis[0] for axis, _ in by_label.values())]
     return {
         method: Curves(
             runs,
@@ -189,7 +196,7 @@ def on_common_grid(task: str, methods: Mapping[str, Sequence[Run]], metric: str)
             np.stack([last_observation(*by_step[run.source], steps) for run in runs]),
             labels,
             np.stack([last_observation(*by_label[run.source], labels) for run in runs]),
-            [(at[at <= end], values[at <= end]) for at, values in (by_step[run.source] for run in runs)],
+            [own[run.source] for run in runs],
         )
         for method, runs in methods.items()
     }
@@ -226,7 +233,8 @@ def find_reference(
             f"{task}: the oracle ends at {grid[-1]:.0f} of {last_step:.0f} steps; its last scores are used."
         )
     values = np.stack([last_observation(*points, grid) for points in series])
-    reference = Reference(grid, values, result.sources(runs) if runs else str(stored))
+    score = float(result.estimator.point(tail_mean(grid, values)))
+    reference = Reference(grid, values, result.sources(runs) if runs else str(stored), score)
     if reference.score <= 0:
         result.notes.append(f"{task}: the oracle's {metric} is {reference.score:.3g}; shares of it mean nothing.")
         return None

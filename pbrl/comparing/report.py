@@ -96,7 +96,7 @@ def _curves_section(data: Comparison, tables: Tables) -> Section:
     text = (
         f"{_method(data)} Curves end where the task's shortest run ends. Between two evaluations the last one holds. "
         "Over labels, a point is the last score measured with at most that many labels, so the last point is the end "
-        "of training."
+        "of the curves over steps."
     )
     return Section("Learning curves", text, figures, None, "curves_steps.csv, curves_labels.csv, evaluations.csv")
 

@@ -23,14 +23,19 @@ import numpy as np
 from hydra.utils import get_object
 
 from pbrl.comparing.statistics import Array
-from pbrl.files import read_yaml
+from pbrl.files import is_complete, read_yaml
 from pbrl.upgrade import upgrade
 
 ORACLE = "oracle"  # the updater that is paid the task's own reward
 UNEQUAL = 1.05  # times as many questions as another method's are told
 MUST_MATCH = ("total_steps", "feedback.budget", "teacher")  # in all runs on one task but the oracle's
+NO_JUDGEMENT = {  # settings of a teacher that say where and how it is reached, not how it answers
+    *("seed", "env", "url", "timeout", "retries", "backoff", "pairs_per_request"),
+    *("host", "port", "lease", "undo_seconds", "task"),
+}
 METHOD_CHOICES = ("query", "teacher", "agent", "reward")  # named in the label where runs of one updater differ in them
 PARTS = ("updater", *METHOD_CHOICES, "feedback", "pretraining", "segment_length")  # whose values are a method's
+ELSEWHERE = ("run_dir", "resume", "trust", "threads", "device", "logger", "launcher")  # where and how a run is computed
 
 HUGE = 1e100  # no metric: sums and squares of such numbers overflow
 LONGEST = 160  # characters of a text from a run that is shown
@@ -99,10 +104,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HUGE
 
 
-def shown(text: Any) -> str:
-    """A text that came with a run as one printable line of at most LONGEST characters."""
-    line = "".join(letter if letter.isprintable() else "�" for letter in str(text)[: LONGEST + 1])
-    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+def shown(text: Any, longest: int = LONGEST) -> str:
+    """A text that came with a run as one printable line of at most `longest` characters."""
+    line = "".join(letter if letter.isprintable() else "�" for letter in str(text)[: longest + 1])
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def read_run(folder: Path) -> Run:
@@ -120,8 +125,7 @@ def read_run(folder: Path) -> Run:
     except (ValueError, OSError, RecursionError) as error:
         raise ComparisonError(f"{folder}: its config or summary is damaged ({shown(error)})") from error
     _check_config(config, str(folder))
-    complete = isinstance(summary, dict) and summary.get("complete") is True
-    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), complete)
+    return Run(str(folder), config, read_rows(folder / "metrics.jsonl"), is_complete(summary, config))
 
 
 def _text(path: Path, largest: int = LARGEST) -> str:
@@ -214,8 +218,11 @@ def find_runs(paths: Iterable[Path], damaged: list[str] | None = None) -> list[R
     return runs
 
 
-def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
+def wandb_runs(project: str, timeout: int = 30, foreign: list[str] | None = None) -> list[Run]:
     """Every run of the W&B project "entity/project", through W&B's API.
+
+    Args:
+        foreign: receives a line for each run that pbrl.train did not write, which is left out; None: the first raises.
 
     Raises:
         ComparisonError: if W&B cannot be reached, does not know the project or accepts no login.
@@ -223,9 +230,18 @@ def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
     import wandb
     from requests.exceptions import RequestException
 
+    runs = []
     try:
-        found = wandb.Api(timeout=timeout).runs(project)
-        return [_from_wandb(run) for run in found]
+        for found in wandb.Api(timeout=timeout).runs(project):
+            try:
+                runs.append(_from_wandb(found))
+            except ComparisonError as error:
+                if foreign is None:
+                    raise
+                foreign.append(f"Left out: {shown(error)}")
+        return runs
+    except ComparisonError:
+        raise
     except (wandb.errors.Error, RequestException, ValueError) as error:
         raise ComparisonError(
             f"W&B project {project!r} could not be read ({type(error).__name__}: {error}). Check the network, the name "
@@ -236,18 +252,39 @@ def wandb_runs(project: str, timeout: int = 30) -> list[Run]:
 def _from_wandb(run: Any) -> Run:
     _check_config(run.config, run.url)
     rows = sorted((row for row in run.scan_history() if row.get("env_step") is not None), key=lambda r: r["env_step"])
-    return Run(run.url, run.config, rows, run.state == "finished")
+    # W&B calls a run finished that has saved itself after Ctrl-C
+    return Run(run.url, run.config, rows, run.state == "finished" and run.summary.get("complete") is not False)
 
 
-def without_copies(local: Sequence[Run], remote: Sequence[Run]) -> list[Run]:
-    """Local runs, then those at W&B that are not one of them (same choices, seed, steps and budget)."""
+def without_copies(local: Sequence[Run], remote: Sequence[Run], notes: list[str] | None = None) -> list[Run]:
+    """Local runs, then those at W&B that are not one of them: their configs differ in more than ELSEWHERE.
+
+    Args:
+        notes: receives a line for each copy that is left out.
+    """
 
     def identity(run: Run) -> str:
-        settings = [run.setting(name) for name in ("choices", "seed", "total_steps", "feedback.budget")]
-        return json.dumps(settings, sort_keys=True, default=str)
+        settings = {key: value for key, value in run.config.items() if key not in ELSEWHERE}
+        settings["choices"] = {key: value for key, value in run.config["choices"].items() if key not in ELSEWHERE}
+        return json.dumps(_plain(settings), sort_keys=True, default=str)
 
-    known = {identity(run) for run in local}
-    return [*local, *(run for run in remote if identity(run) not in known)]
+    known = {identity(run): run.source for run in local}
+    kept = list(local)
+    for run in remote:
+        if (original := known.get(identity(run))) is None:
+            kept.append(run)
+        elif notes is not None:
+            notes.append(f"Left out, a copy of {shown(original)}: {shown(run.source)}")
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """A setting as both a YAML file and W&B have it: 3 is 3.0."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return float(value) if _is_number(value) else value
 
 
 @dataclass(frozen=True)
@@ -440,9 +477,33 @@ def _mismatches(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str
             if run.updater != ORACLE:
                 sources[json.dumps(run.setting(name), sort_keys=True, default=str)].append(run.source)
         if len(sources) > 1:
-            listed = "; ".join(f"{shown(value)} in {', '.join(map(shown, where))}" for value, where in sources.items())
-            lines.append(f"{task}: {name} is {listed}")
+            lines.append(f"{task}: {name} is {_listed(sources)}")
+    return lines + _unlike_teachers(task, runs, keys)
+
+
+def _unlike_teachers(task: str, runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """A line for each setting in which the teachers of one option differ."""
+    by_option: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.updater != ORACLE and isinstance(run.config.get("teacher"), Mapping):
+            by_option[str(run.setting("teacher"))].append(run)
+    lines = []
+    for members in by_option.values():
+        tables = [_values({"teacher": run.config["teacher"]}) for run in members]
+        for name in sorted({name for table in tables for name in table} - set(keys)):
+            if NO_JUDGEMENT & set(name.split(".")):
+                continue
+            sources: dict[str, list[str]] = defaultdict(list)
+            for run, table in zip(members, tables, strict=True):
+                value = table[name] if name in table else _value(_unnamed(run.config, name))
+                sources[value].append(run.source)
+            if len(sources) > 1:
+                lines.append(f"{task}: {name} is {_listed(sources)}")
     return lines
+
+
+def _listed(sources: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{shown(value)} in {', '.join(map(shown, where))}" for value, where in sources.items())
 
 
 def _repeated_seeds(task: str, methods: Mapping[str, Sequence[Run]]) -> list[str]:

@@ -192,7 +192,7 @@ def last_observation(steps: Array, values: Array, grid: Array) -> Array:
         steps: strictly increasing, float [n]; values: float [n]; grid: float [g].
 
     A step function invents no value between two observations, and runs evaluated at the same steps are left as they
-    are. Points after the last step repeat the last value: the caller cuts the grid where the shortest run ends.
+    are. Points after the last step repeat the last value: the caller cuts the grid where that is not meant.
     """
     index = np.searchsorted(steps, grid, side="right") - 1
     return np.where(index >= 0, values[np.maximum(index, 0)], np.nan)

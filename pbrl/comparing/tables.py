@@ -242,9 +242,10 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
     """Steps and labels at which a method's curve first reaches a share of the oracle's score.
 
     Infinity: not reached. The interval is read off the curve's own: from where its upper end reaches the level to
-    where its lower end does. The ratio is the method's over the baseline's, below 1 where the method needs fewer; its
-    interval takes the ends of both against each other. Where the baseline does not reach the level, its need is at
-    least all that was compared: that is put in its place, and the ratio is an upper bound (`_ratio_is_bound`).
+    where its lower end does; a single run has none. The ratio is the method's over the baseline's, below 1 where the
+    method needs fewer; its interval takes the ends of both against each other. Where the baseline does not reach the
+    level, its need is at least all that it had: that is put in its place, and the ratio is an upper bound
+    (`_ratio_is_bound`).
     """
     rows = []
     for task, reference in data.references.items():
@@ -257,24 +258,27 @@ def sample_rows(data: Comparison, rng: np.random.Generator) -> list[Row]:
                 runs = data.curves[task][method].runs
                 row: Row = {"task": task, "method": method, "share": share, "level": level}
                 for axis in AXES:
-                    end = float(bands[method][axis][0][-1])
+                    end = data.curves[task][data.base].end(axis) if base and data.base else math.nan
                     row |= _columns(axis, *need[axis]) | _ratio(axis, need, base, end)
                 rows.append(row | {"runs": len(runs), "sources": data.sources(runs)})
     return rows
 
 
 def _band(data: Comparison, group: Curves, axis: str, rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
-    """Grid, estimate, and the ends of its interval (the estimate where there is none), each [points]."""
+    """Grid, estimate, and the ends of its interval (the estimate where all runs are equal; NaN of one run)."""
     grid, values = group.over(axis)
-    point, ends = data.estimator.point(values), data.estimator.interval([values], rng)
-    low, high = (np.where(np.isnan(end), point, end) for end in ends)
+    point, (low, high) = data.estimator.point(values), data.estimator.interval([values], rng)
+    if len(values) > 1:
+        low, high = (np.where(np.isnan(end), point, end) for end in (low, high))
     return grid, point, low, high
 
 
 def _need(grid: Array, point: Array, low: Array, high: Array, level: float) -> tuple[float, float, float]:
-    """Where the curve, its interval's upper end and its lower end first reach the level."""
-    reached, earliest, latest = (float(first_reached(grid, curve, level)) for curve in (point, high, low))
-    return reached, earliest, latest
+    """Where the curve, its interval's upper end and its lower end first reach the level; NaN where there is none."""
+    reached = float(first_reached(grid, point, level))
+    if np.isnan(low).any():
+        return reached, math.nan, math.nan
+    return reached, float(first_reached(grid, high, level)), float(first_reached(grid, low, level))
 
 
 def _columns(name: str, point: float, low: float, high: float) -> Row:
@@ -290,8 +294,8 @@ def _ratio(axis: str, need: Need, base: Need | None, end: float) -> Row:
     if need is base:
         return _columns(name, 1.0, math.nan, math.nan) | {f"{name}_is_bound": False}
     with np.errstate(divide="ignore", invalid="ignore"):  # a level reached at step 0: x/0 is infinite, 0/0 undefined
-        ratio = np.divide(point, min(base_point, end))
-        ends = np.divide(low, base_high), np.divide(high, min(base_low, end))
+        ratio = np.divide(point, end if math.isinf(base_point) else base_point)
+        ends = np.divide(low, base_high), np.divide(high, end if math.isinf(base_low) else base_low)
     if np.isnan(ends).any():
         ends = np.float64(math.nan), np.float64(math.nan)
     return _columns(name, float(ratio), float(ends[0]), float(ends[1])) | {f"{name}_is_bound": math.isinf(base_point)}

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.files import foreign_entry, open_in_place, read_yaml
+from pbrl.files import TEXT_BYTES, foreign_entry, open_in_place, read_bounded, read_yaml
 from pbrl.launch.configuration import CONF, GROUPS, ConfigError, check_own, leaves
 from pbrl.launch.constructors import check_stored, needs_trust
 from pbrl.upgrade import upgrade
@@ -82,6 +82,14 @@ def read_config(
     cfg = _with_defaults(stored)
     check_own(cfg)
     return cfg, choices
+
+
+def command_of(run_dir: Path) -> str:
+    """The line that started a run, as command.txt has it; empty if there is none."""
+    path = run_dir / "command.txt"
+    line = read_bounded(path, TEXT_BYTES).decode(errors="replace").strip() if path.is_file() else ""
+    first, _, rest = line.partition(" ")
+    return f"python -m pbrl.train {rest}" if first.endswith(".py") else line  # as it was stored before version 0.2
 
 
 def refuse_links(run_dir: Path) -> None:

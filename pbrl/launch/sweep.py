@@ -31,7 +31,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pbrl.files import open_in_place
+from pbrl.files import is_complete, open_in_place, read_yaml
 from pbrl.launch.command import searched
 from pbrl.launch.configuration import ConfigError, register_resolvers
 from pbrl.launch.constructors import needs_trust
@@ -146,8 +146,8 @@ def _may_differ(change: str) -> bool:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / "summary.json").read_text())["complete"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return is_complete(json.loads((folder / "summary.json").read_text()), read_yaml(folder / "config.yaml"))
+    except (FileNotFoundError, ValueError):
         return False
 
 

@@ -74,11 +74,14 @@ class OracleCurve:
         self.steps, self.returns = np.array(rows, dtype=float).T
 
     def metrics(self, step: int, mean_return: float) -> dict[str, float]:
-        """The oracle's return at this step (interpolated) and the run's return as a share of the oracle's last."""
+        """The oracle's return at this step (interpolated) and the run's return as a share of the oracle's last.
+
+        The share is NaN where the oracle's last return is not positive: a worse run would have a larger one.
+        """
         final = float(self.returns[-1])
         return {
             "eval/oracle_return": float(np.interp(step, self.steps, self.returns)),
-            "eval/normalized_return": mean_return / final if final else float("nan"),
+            "eval/normalized_return": mean_return / final if final > 0 else float("nan"),
         }
 
 
