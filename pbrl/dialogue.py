@@ -47,6 +47,7 @@ class Dialogue:
             BrokenOff, TeacherError: the teacher is as before; `pending` holds the questions.
             ValueError: if what the teacher remembers cannot be stored; it has not been asked.
         """
+        self.parts.preferences.begin_session()  # one in which nobody answers has nothing new
         if not self.questions.left:  # imported answers may have used the budget up
             return {}
         return self._ask_and_wait(number, first) if self.parts.teacher.wait else self._exchange(number, step, first)

@@ -127,7 +127,7 @@ class Preferences:
 
     @property
     def new(self) -> Tensor:
-        """Which pairs were added by the last `add`: bool [N]. Not stored: after loading none."""
+        """Which pairs were added by the session's `add`: bool [N]. Not stored: after loading none."""
         return self._new
 
     @property
@@ -187,6 +187,10 @@ class Preferences:
         self._append({name: value.detach().cpu()[given] for name, value in rows.items()}, query.first.length)
         self._new = torch.arange(len(self)) >= before
         self.asked += len(query)
+
+    def begin_session(self) -> None:
+        """No pair is new any more."""
+        self._new = torch.zeros(len(self), dtype=torch.bool)
 
     def extend(self, other: Preferences) -> None:
         """Add all pairs of another store; they keep their session numbers, but are about no step of this run.

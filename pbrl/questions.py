@@ -50,8 +50,9 @@ class Questions:
         """Environment steps that a session of so many pairs takes at most: fresh ones, branches, the updater's own."""
         updater, fresh = self.parts.updater, self.feedback.fresh_steps
         steps = 2 * round(self.parts.query.branch_share * count) * (self.segment_length + 2 * updater.margin)
-        if updater.pairs == "fresh" and not first and count:
+        if count and updater.pairs == "fresh" and not first:
             steps += 2 * count * self.segment_length if fresh is None else fresh
+        if count and (updater.pairs != "fresh" or not first):
             steps += updater.own_steps(count, self.segment_length)
         return steps
 

@@ -552,3 +552,44 @@ def test_the_agent_is_an_sac_that_saves_and_loads(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         loop.agent.predict(obs, deterministic=True)[0], again.predict(obs, deterministic=True)[0]
     )
+
+
+class AwayInTheThirdSession(Teacher):
+    """Training does not wait for its answers."""
+
+    wait = False
+
+    def __call__(self, query: Query) -> Answer:
+        raise NotImplementedError
+
+    def post(self, query: Query) -> None:
+        """It looks when it is there."""
+
+    def collect(self, query: Query, session: int, step: int) -> tuple[torch.Tensor, Answer]:
+        done = torch.full((len(query),), session != 2)
+        count = int(done.sum())
+        return done, Answer(torch.ones(count), torch.ones(count, dtype=torch.bool))
+
+
+def test_nothing_is_new_in_a_session_without_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = tiny_loop(tmp_path / "run", "teacher._target_=tests.test_loop.AwayInTheThirdSession")
+    new, update = [], loop.parts.updater.update
+
+    def heard(reward: RewardEnsemble, preferences: Preferences, session: Any) -> dict[str, float]:
+        new.append((loop.sessions, int(preferences.new.sum())))
+        return update(reward, preferences, session)
+
+    monkeypatch.setattr(loop.parts.updater, "update", heard)
+    finish(loop)
+    of = dict(new)
+    assert of[3] == 0 and len(of) >= 3 and all(count > 0 for session, count in new if session != 3), new
+
+
+def test_what_an_updaters_own_steps_take_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = tiny_loop(tmp_path / "run")
+    monkeypatch.setattr(loop.parts.updater, "own_steps", lambda pairs, length: 70 * bool(pairs))
+    assert [loop.questions.steps(10, first) for first in (True, False)] == [70, 70]
+    assert loop.questions.steps(0, first=False) == 0
+    monkeypatch.setattr(loop.parts.updater, "pairs", "fresh")
+    assert loop.questions.steps(10, first=True) == 0, "the first answers are about the replay"
+    loop.close(False)

@@ -603,6 +603,8 @@ def test_pairs_remember_their_steps_and_which_are_fresh_and_new(tmp_path: Path) 
     picked = store.select(torch.tensor([1, 4]), torch.zeros(2))
     assert (picked.new.tolist(), picked.fresh.tolist()) == ([False, True], [True, True])
     assert not store.select(torch.tensor([1, 4]), torch.zeros(2), new=False).new.any()
+    store.begin_session()
+    assert store.new.tolist() == [False] * 6
     elsewhere = Preferences()
     elsewhere.extend(again)
     assert not elsewhere.fresh.any()

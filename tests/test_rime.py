@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pbrl.preferences import Preferences
 from pbrl.reward import RewardEnsemble
+from pbrl.second_term.guard import Estimate
 from pbrl.updaters.rime import divergences
 from tests.conftest import finish, option, rows, tiny_loop
 from tests.gaussian_problem import STEPS, GaussianSession
@@ -209,3 +210,15 @@ def test_an_epoch_is_one_pass_also_where_the_inner_updater_alone_takes_more(tmp_
     finish(tiny_loop(tmp_path / "run", "updater=rime", "updater@updater.inner=pebble", *limits, "total_steps=350"))
     steps = [row["reward/steps"] for row in rows(tmp_path / "run") if "feedback/session" in row]
     assert steps == [3, 3], "of 5 and 10 pairs, in batches of 32"
+
+
+def test_the_gate_of_an_inner_second_term_through_critics_hears_of_it_once_a_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inner = option("updater", "aparl", implicit={"estimator": "critic-pairs"}, fit={"epochs": 1, "least_steps": 0})
+    rime = option("updater", "rime", inner=inner, epochs=3, least_epochs=3, warm_updates=0)
+    asked = []
+    monkeypatch.setattr(inner, "second_term", lambda *given: asked.append(given) or Estimate(None))
+    reward, now = RewardEnsemble(2, 1, members=3, hidden=(8, 8), activation="silu"), GaussianSession(0)
+    assert rime.update(reward, now.preferences(), now)["reward/epochs"] == 3
+    assert len(asked) == 1

@@ -194,6 +194,19 @@ def test_few_directions_are_the_members_and_their_deviation():
     torch.testing.assert_close(found[:, 3], found[:, :3].std(1, correction=0))
 
 
+def test_the_directions_of_a_convex_pay_are_what_it_gains():
+    """So what a projection keeps is what a change of a member does to the pay."""
+    reward = RewardEnsemble(2, 1, members=3, hidden=(4,), convexity=3.0)
+    obs, actions = torch.randn(5, 2), torch.randn(5, 1)
+    members = reward(obs, actions).detach()
+
+    def pay(scale: torch.Tensor) -> torch.Tensor:
+        return reward.pay.convex((scale[:, None] * members).mean(0))
+
+    gains = torch.autograd.functional.jacobian(pay, torch.ones(3))
+    torch.testing.assert_close(directions(reward, obs, actions)[:, :3], 3 * gains)  # 3: the mean's own factor
+
+
 # ------------------------------------------------------------------------------------------------ in a run
 
 

@@ -118,8 +118,8 @@ def upper_advantage(
 
 @torch.no_grad()
 def directions(reward: RewardEnsemble, obs: Tensor, actions: Tensor) -> Tensor:
-    """The members' rewards and their deviation at each row, float32 [R, M + 1] (M = 1: [R, 1])."""
+    """What each row's pay gains along the members' rewards and their deviation, float32 [R, M + 1] (M = 1: [R, 1])."""
     members = reward(obs, actions)
-    if len(members) == 1:
-        return members.T
-    return torch.cat([members, members.std(0, correction=0)[None]]).T
+    slope = torch.exp(reward.pay.convexity * members.mean(0))  # of the pay, by the members' mean
+    along = members if len(members) == 1 else torch.cat([members, members.std(0, correction=0)[None]])
+    return (slope * along).T

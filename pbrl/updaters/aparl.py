@@ -19,7 +19,7 @@ from pbrl.second_term.estimators import check_estimator, estimate
 from pbrl.second_term.fresh import check_share, training_rows
 from pbrl.second_term.gate import Gate, as_gate, as_limit
 from pbrl.second_term.guard import Estimate, Safeguard
-from pbrl.second_term.implicit import CRITIC_BASED, Implicit
+from pbrl.second_term.implicit import Implicit
 from pbrl.second_term.upper import Regulariser, Utility, check_upper, direct
 from pbrl.types import Session
 
@@ -72,7 +72,7 @@ class APARL(Updater):
     def update(self, reward: RewardEnsemble, preferences: Preferences, session: Session) -> dict[str, float]:
         """Train every member; returns `train_epochs`' metrics and what became of Term 2 (`aparl/…`)."""
         rows = training_rows(preferences.new, self.earlier_share, session.rng)
-        new = bool(preferences.new.any()) or self.implicit.estimator in CRITIC_BASED  # those need no new pairs
+        new = bool(preferences.new.any())  # else the gate would count one session's estimate twice
         off = self.implicit.estimator == "off" or not new
         metrics, found = self.safeguard.train(
             reward,
